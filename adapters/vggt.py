@@ -1,0 +1,92 @@
+"""VGGT (facebookresearch/vggt), before and after its token cache of May 2026, and models built like it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hess_plugin import (
+    AdapterError,
+    Family,
+    Prediction,
+    Site,
+    TokenLayout,
+    fused_site,
+    hookimpl,
+    import_upstream,
+    invert_rigid,
+    load_weights,
+    quaternion_to_matrix,
+    unproject,
+)
+
+
+@hookimpl
+def hess_claim_model(model: nn.Module) -> bool:
+    aggregator = getattr(model, "aggregator", None)
+    parts = ("frame_blocks", "global_blocks", "camera_token", "register_token", "patch_start_idx")
+    if not all(hasattr(aggregator, part) for part in parts):
+        return False
+    # StreamVGGT has the same parts, but its global attention is causal and cached: not this adapter's.
+    attention = type(aggregator.global_blocks[0].attn)
+    return not {"attn_mask", "past_key_values"} & set(inspect.signature(attention.forward).parameters)
+
+
+@hookimpl
+def hess_describe_family(model: nn.Module) -> Family:
+    source = "lambda = 0.5 for VGGT: ReSS (arXiv 2609.35593), sweep of the camera weight"
+    return Family(camera_weight=0.5, image_multiple=model.aggregator.patch_size, source=source)
+
+
+@hookimpl
+def hess_find_global_attention(model: nn.Module) -> list[Site]:
+    count = len(model.aggregator.global_blocks)
+    return [fused_site(model, f"aggregator.global_blocks.{i}.attn", "aggregator") for i in range(count)]
+
+
+@hookimpl
+def hess_token_layout(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
+    images = args[0] if args else kwargs["images"]  # [B, S, 3, H, W]
+    size = model.aggregator.patch_size
+    grid = (images.shape[-2] // size, images.shape[-1] // size)
+    return TokenLayout(images.shape[1], grid[0] * grid[1], leading=model.aggregator.patch_start_idx, grid=grid)
+
+
+@hookimpl
+def hess_predict(model: nn.Module, images: Tensor) -> Prediction:
+    output = model(images[None])
+    if "pose_enc" not in output:
+        raise AdapterError("this VGGT was built without its camera head; build it with enable_camera=True.")
+    pose = output["pose_enc"][0].float()  # [S, 9]: translation, quaternion xyzw, fov_h, fov_w, camera from world
+    w2c = torch.eye(4, device=pose.device).repeat(len(pose), 1, 1)
+    w2c[:, :3, :3] = quaternion_to_matrix(pose[:, 3:7])
+    w2c[:, :3, 3] = pose[:, :3]
+    c2w = invert_rigid(w2c)
+    if "world_points" in output:
+        points, confidence = output["world_points"][0], output["world_points_conf"][0]
+    else:
+        depth, confidence = output["depth"][0, ..., 0], output["depth_conf"][0]
+        points = unproject(depth, _intrinsics(pose[:, 7:], *depth.shape[1:]), c2w)
+    # HeSS discards confidence below 1; upstream's is 1 + exp(.), so this keeps every point, as in the paper.
+    return Prediction(c2w, points.float(), confidence.float(), min_confidence=1.0)
+
+
+def _intrinsics(fov: Tensor, height: int, width: int) -> Tensor:
+    """Pinhole cameras [S, 3, 3] of a field of view [S, 2] (h, w) in radians, on upstream's grid: centre at W/2, H/2."""
+    matrix = torch.eye(3, device=fov.device).repeat(len(fov), 1, 1)
+    size = torch.tensor([height, width], device=fov.device)
+    matrix[:, 1, 1], matrix[:, 0, 0] = (size / 2 / torch.tan(fov / 2)).unbind(-1)
+    matrix[:, 0, 2], matrix[:, 1, 2] = width / 2, height / 2
+    return matrix
+
+
+@hookimpl
+def hess_load_model(name: str, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+    if name != "vggt":
+        return None
+    upstream = import_upstream("vggt.models.vggt", "https://github.com/facebookresearch/vggt")
+    return load_weights(upstream.VGGT, weights, device=device, dtype=dtype)

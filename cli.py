@@ -1,0 +1,244 @@
+"""The command line `hess-patch`: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hess_plugin import __version__
+from hess_plugin.exceptions import HessError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress = Callable[[str, int, int, str], None]
+
+
+class _Group(click.Group):
+    """A group that shows a user's mistake as one sentence and everything else as it is."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HessError as error:
+            if ctx.params.get("verbose"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hess-patch")
+@click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
+def main(verbose: bool) -> None:
+    """Make VGGT-family models fast: calibrate once, patch, run, undo."""
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose a model."""
+    options = [
+        click.option("--model", required=True, metavar="NAME", help="Model to load: vggt, pi3, pi3x, demo, ..."),
+        click.option(
+            "--weights",
+            metavar="PATH|HUB_ID|random",
+            help="A .safetensors or .pt file, a hub id, or `random` (a test of the machinery: the result means nothing).",
+        ),
+        click.option(
+            "--repo",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Checkout of the model's code, if it is not importable already.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+            help="Type of the parameters.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@model_options
+@click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes.")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write.")
+@click.option("--scenes", type=click.IntRange(min=1), help="Calibrate on this many scenes; all by default.")
+@click.option("--views", type=click.IntRange(min=1), help="Use this many views of each scene; all by default.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views.")
+@click.option("--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default.")
+@click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the model family's by default.")
+@click.option(
+    "--autocast", type=click.Choice(["none", "bfloat16"]), default="none", show_default=True, help="Type of the forward."
+)
+def calibrate(output: Path, model: str, weights: str | None, data: str, **options: Any) -> None:
+    """Measure every head's sensitivity on scenes with ground truth and write a profile.
+
+    A killed calibration goes on where it stopped: run the same command again.
+    """
+    import torch
+
+    import hess_plugin
+    from hess_plugin.evaluation.tables import profile_summary
+    from hess_plugin.plugins import get_plugin_manager, resolve_adapter
+    from hess_plugin.scenes.fitting import FittedScenes
+    from hess_plugin.scenes.reading import read_scenes
+
+    found = read_scenes(data, scenes=options["scenes"], views=options["views"], seed=options["seed"])
+    loaded = _load(model, weights, options)
+    manager = get_plugin_manager()
+    multiple = resolve_adapter(loaded, manager=manager).family(loaded).image_multiple
+    with _progress() as note:
+        profile = hess_plugin.calibrate(
+            loaded,
+            FittedScenes(found, multiple, options["resolution"]),
+            output=output,
+            camera_weight=options["camera_weight"],
+            autocast=torch.bfloat16 if options["autocast"] == "bfloat16" else None,
+            metadata={
+                "model": model,
+                "weights": weights or "shipped",
+                "data": data,
+                "views": options["views"],
+                "seed": options["seed"],
+                "resolution": options["resolution"],
+            },
+            progress=lambda done, total, scene: note("calibrate", done, total, scene),
+            manager=manager,
+        )
+    click.echo(profile_summary(profile))
+    click.echo(f"wrote {output}")
+    if weights == "random":
+        _warn_random()
+
+
+@main.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Heat map to write; PROFILE.png by default.")
+@click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the profile's by default.")
+@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True, help="Heads to list at each end.")
+def show(profile: Path, png: Path | None, camera_weight: float | None, heads: int) -> None:
+    """Print where a profile comes from and which heads are sensitive; draw its heat map."""
+    from hess_plugin.evaluation.plots import head_sensitivity_map
+    from hess_plugin.evaluation.tables import profile_summary
+    from hess_plugin.profiles import Profile
+
+    loaded = Profile.load(profile)
+    click.echo(profile_summary(loaded, camera_weight, heads))
+    target = png or profile.with_name(profile.name + ".png")
+    head_sensitivity_map(loaded, target, camera_weight)
+    click.echo(f"wrote {target}")
+    if loaded.metadata.get("weights") == "random":
+        _warn_random()
+
+
+@main.command()
+@model_options
+def sites(model: str, weights: str | None, **options: Any) -> None:
+    """List the global-attention sites that an adapter finds in a model."""
+    from hess_plugin.plugins import resolve_adapter
+
+    loaded = _load(model, weights or ("random" if model != "demo" else None), options)
+    adapter = resolve_adapter(loaded)
+    found = adapter.sites(loaded)
+    family = adapter.family(loaded)
+    click.echo(
+        f"adapter {adapter.name} claims {type(loaded).__name__}: {len(found)} sites, image sides multiples of "
+        f"{family.image_multiple}, camera weight {family.camera_weight:g} ({family.source})"
+    )
+    width = max(len(site.name) for site in found)
+    click.echo(f"{'site':{width}}  heads  head dim  layout module")
+    for site in found:
+        click.echo(f"{site.name:{width}}  {site.num_heads:5d}  {site.head_dim:8d}  {site.layout_module or '(model)'}")
+
+
+@main.command()
+def plugins() -> None:
+    """Print installed adapters and the hooks each implements, as JSON."""
+    from hess_plugin.plugins import describe_plugins
+
+    click.echo(json.dumps(describe_plugins(), indent=2))
+
+
+@main.command()
+@click.option("-o", "--output", default="hess-demo", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--calibration-scenes", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--test-scenes", type=click.IntRange(min=2), default=24, show_default=True)
+@click.option("--views", type=click.IntRange(min=3), default=16, show_default=True)
+def demo(output: Path, calibration_scenes: int, test_scenes: int, views: int) -> None:
+    """Calibrate, patch and measure the small shipped model on synthetic rooms; a few minutes on two cores."""
+    from hess_plugin.demo.run import DemoSettings, run_demo
+    from hess_plugin.evaluation.tables import comparison_table
+
+    with _progress() as note:
+        result = run_demo(output, DemoSettings(calibration_scenes, test_scenes, views), note)
+    click.echo(comparison_table(result.summaries))
+    click.echo(f"\n{result.protocol}\n")
+    for path in result.files:
+        click.echo(f"wrote {path}")
+
+
+def _load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
+    """Load the model that the options name."""
+    import torch
+
+    from hess_plugin.plugins import load_model
+
+    if weights is None:
+        if name != "demo":
+            raise click.UsageError("--weights is missing: give a file, a hub id, or `random` to test the machinery.")
+        weights = "shipped"
+    if weights == "random":
+        _warn_random()
+    if options["repo"] is not None:
+        # The user's own checkout, asked for by name: first on the path, as if run from there.
+        sys.path.insert(0, str(options["repo"].resolve()))
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
+    return load_model(name, weights, device=chosen, dtype=getattr(torch, options["dtype"]))
+
+
+def _warn_random() -> None:
+    click.secho(
+        "WARNING: random weights. Any profile or figure made with them means nothing about the real model.",
+        fg="red",
+        bold=True,
+        err=True,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show one progress bar a stage on standard error; silent when that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TextColumn("{task.fields[what]}"), console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def note(stage: str, done: int, total: int, what: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task("", stage=stage, what=what, total=total)
+            bars.update(tasks[stage], completed=done, total=total, what=what)
+
+        yield note
+
+
+if __name__ == "__main__":
+    main(prog_name="hess-patch")

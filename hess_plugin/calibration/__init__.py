@@ -1,0 +1,1 @@
+"""Calibration: alignment, errors and Fisher traces."""

@@ -1,0 +1,199 @@
+"""Calibration: one forward and two backward passes a scene, traces kept raw, a profile at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from hess_plugin import __version__
+from hess_plugin.adapting import Adapter
+from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
+from hess_plugin.interception import is_intercepted
+from hess_plugin.plugins import resolve_adapter
+from hess_plugin.profiles import ERROR_NAMES, Profile, weights_fingerprint
+from hess_plugin.scenes.scene import Scene
+from hess_plugin.sites import PROJECTIONS, Site
+
+from .fisher import head_traces, only_sites_require_grad
+from .record import Record
+
+Progress = Callable[[int, int, str], None]
+
+
+def calibrate(
+    model: nn.Module,
+    scenes: Iterable[Scene],
+    *,
+    output: str | Path | None = None,
+    camera_weight: float | None = None,
+    autocast: torch.dtype | None = None,
+    metadata: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    adapter: str | None = None,
+    manager: pluggy.PluginManager | None = None,
+) -> Profile:
+    """Measure how sensitive every attention head is (HeSS, sec. 3.2): one forward, two backward passes a scene.
+
+    Each scene is normalised (first camera at the origin, mean distance of true points 1), the prediction is
+    aligned to it, and the squared gradients of the camera and the point error with respect to every head's
+    projections are recorded. Weights are left as they were; only their gradients are computed.
+
+    Args:
+        model: a model that an adapter claims; its device decides where it runs.
+        scenes: scenes at a size the model takes, with true cameras and, for the point error, depth or points;
+            lazily loaded sequences are read one scene at a time. Names must differ.
+        output: write the profile here. While running, ``<output>.partial`` holds the raw traces: a killed
+            calibration goes on from there and ends with the same profile.
+        camera_weight: lambda of the score recorded in the profile; the model family's by default.
+        autocast: run the forward under autocast in this type (bfloat16 on a GPU); None for the model's own.
+        metadata: provenance to record (weights, resolution, ...), JSON types only.
+        progress: called as ``progress(done, total, scene)`` before each scene and once at the end.
+        adapter: take this adapter instead of asking which one claims the model.
+        manager: plugin manager; a fresh one by default.
+
+    Returns:
+        The profile.
+
+    Raises:
+        CalibrationError: no scene gave a usable error, a trace is not finite, or ``<output>.partial`` belongs to
+            another calibration.
+        SceneError: a scene is malformed.
+        PatchError: the model is patched.
+    """
+    if any(is_intercepted(module) for module in model.modules()):
+        raise PatchError("this model is patched; remove the patch before calibrating.")
+    chosen = resolve_adapter(model, adapter, manager)
+    sites = chosen.sites(model)
+    heads = {site.num_heads for site in sites}
+    if len(heads) != 1:
+        raise CalibrationError(f"sites have different numbers of heads ({sorted(heads)}), wanted one number for all.")
+    family = chosen.family(model)
+    weight = family.camera_weight if camera_weight is None else camera_weight
+    fingerprint = weights_fingerprint(sites)
+    provenance = {**_provenance(model, autocast), **(metadata or {}), "camera_weight_source": family.source}
+    record = Record.open(
+        None if output is None else Path(f"{output}.partial"),
+        {"adapter": chosen.name, "fingerprint": fingerprint, "sites": [site.name for site in sites], **provenance},
+        datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+    names = _measure_all(chosen, model, sites, scenes, record, autocast, progress)
+    profile = Profile(
+        adapter=chosen.name,
+        sites=tuple(site.name for site in sites),
+        num_heads=heads.pop(),
+        scenes=tuple(name for name in names if name in record.traces),
+        traces=_stack(record, names),
+        camera_weight=weight,
+        fingerprint=fingerprint,
+        metadata={**provenance, "created": record.started, "skipped": record.skipped},
+    )
+    profile.scores()  # fails now, with nothing written, rather than when the profile is first used
+    if output is not None:
+        profile.save(output)
+        record.delete()
+    return profile
+
+
+def _measure_all(
+    adapter: Adapter,
+    model: nn.Module,
+    sites: Sequence[Site],
+    scenes: Iterable[Scene],
+    record: Record,
+    autocast: torch.dtype | None,
+    progress: Progress | None,
+) -> list[str]:
+    """Measure every scene that the record does not hold yet; return all scene names in order."""
+    names: list[str] = []
+    total = len(scenes) if isinstance(scenes, Sized) else 0
+    with only_sites_require_grad(model, sites) as weights:
+        for name, load in _named(scenes):
+            if name in names:
+                raise CalibrationError(f"two scenes are called {name!r}; give every scene its own name.")
+            if progress is not None:
+                progress(len(names), total, name)
+            names.append(name)
+            if not record.done(name):
+                _measure(adapter, model, sites, weights, load(), record, autocast)
+    if progress is not None:
+        progress(len(names), len(names), "")
+    if not record.traces:
+        reason = next(iter(record.skipped.values()), "there was no scene.")
+        record.delete()  # nothing in it is worth resuming
+        raise CalibrationError(f"none of {len(names)} scenes gave a usable error: {reason}")
+    return names
+
+
+def _named(scenes: Iterable[Scene]) -> Iterator[tuple[str, Callable[[], Scene]]]:
+    """Pair every scene's name with a way to load it; a sequence with `names` is not read before it is needed."""
+    names: Sequence[str] | None = getattr(scenes, "names", None)
+    if names is None:
+        for scene in scenes:
+            yield scene.name, functools.partial(_same, scene)
+    else:
+        for index, name in enumerate(names):
+            yield name, functools.partial(scenes.__getitem__, index)  # type: ignore[attr-defined]
+
+
+def _same(scene: Scene) -> Scene:
+    return scene
+
+
+def _measure(
+    adapter: Adapter,
+    model: nn.Module,
+    sites: Sequence[Site],
+    weights: Sequence[nn.Parameter],
+    scene: Scene,
+    record: Record,
+    autocast: torch.dtype | None,
+) -> None:
+    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason."""
+    device = weights[0].device
+    forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    try:
+        with torch.enable_grad(), forward:
+            errors = adapter.compute_errors(model, scene.normalised().to(device))
+        present = [(name, error) for name in ERROR_NAMES if (error := getattr(errors, name)) is not None]
+        if not present:
+            raise CalibrationError(f"scene {scene.name} has neither a camera nor a point error; give it views or depth.")
+        missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
+        traces: dict[str, Tensor] = {f"{name}.{letter}": missing for name in ERROR_NAMES for letter in PROJECTIONS}
+        for index, (name, error) in enumerate(present):
+            found = head_traces(error, sites, weights, retain_graph=index < len(present) - 1)
+            traces |= {f"{name}.{letter}": trace for letter, trace in found.items()}
+    except (CalibrationError, SceneError) as error:
+        record.skip(scene.name, str(error))
+    else:
+        record.add(scene.name, traces)
+
+
+def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:
+    """Stack the traces of all measured scenes, in scene order whatever order they were measured in."""
+    measured = [record.traces[name] for name in names if name in record.traces]
+    return {key: torch.stack([traces[key] for traces in measured]) for key in measured[0]}
+
+
+def _provenance(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
+    """Tell what the traces depend on besides model and scenes."""
+    parameter = next(model.parameters())
+    return {
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "device": parameter.device.type,
+        "versions": {
+            "hess_plugin": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

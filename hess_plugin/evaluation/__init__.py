@@ -1,0 +1,3 @@
+"""Evaluation: how well poses and points are predicted."""
+
+from __future__ import annotations

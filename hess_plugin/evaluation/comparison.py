@@ -1,0 +1,225 @@
+"""Comparing ways to divide the same budget: every arm on the same scenes, paired, with standard errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import torch
+from torch import nn
+
+from hess_plugin.adapting import Adapter
+from hess_plugin.calibration.alignment import align
+from hess_plugin.files import write_bytes
+from hess_plugin.patching import patch
+from hess_plugin.plugins import resolve_adapter
+from hess_plugin.predictions import Prediction
+from hess_plugin.profiles import Profile
+from hess_plugin.scenes.scene import Scene
+
+from .clouds import pointmap_error
+from .pose import absolute_trajectory_error, auc, relative_pose_errors
+
+THRESHOLDS = (30, 15, 5, 3)
+METRICS = ("auc30", "auc15", "auc5", "auc3", "ate", "point_error", "sparsity", "seconds")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model.
+
+    Attributes:
+        name: shown in tables.
+        sparsity: target sparsity; 0 is the unpatched model.
+        allocation: how budgets are divided among heads (see `hess_plugin.patch`).
+    """
+
+    name: str
+    sparsity: float = 0.0
+    allocation: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm on one scene.
+
+    Attributes:
+        scene: scene id.
+        arm: name of the arm.
+        target: sparsity asked for.
+        sparsity: sparsity measured.
+        auc30: area under the accuracy curve of relative poses up to 30 degrees, 0 to 1 (larger is better);
+            `auc15`, `auc5`, `auc3` likewise.
+        ate: camera-centre RMSE after similarity alignment, in units of the normalised scene.
+        point_error: mean distance of predicted to true points at the same pixels after alignment, same unit.
+        seconds: wall time of the forward.
+    """
+
+    scene: str
+    arm: str
+    target: float
+    sparsity: float
+    auc30: float
+    auc15: float
+    auc5: float
+    auc3: float
+    ate: float
+    point_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over all scenes: means, their standard errors, and the paired difference to uniform.
+
+    Attributes:
+        arm: name of the arm.
+        target: sparsity asked for.
+        scenes: number of scenes.
+        mean: mean of every metric.
+        error: standard error of every mean over scenes.
+        difference: mean of (this arm - ``uniform`` at the same target) over the same scenes, by metric; empty
+            for dense and uniform themselves.
+        difference_error: standard error of every difference.
+    """
+
+    arm: str
+    target: float
+    scenes: int
+    mean: dict[str, float]
+    error: dict[str, float]
+    difference: dict[str, float]
+    difference_error: dict[str, float]
+
+
+def compare(
+    model: nn.Module,
+    scenes: Iterable[Scene],
+    arms: Sequence[Arm],
+    *,
+    profile: Profile | None = None,
+    progress: Callable[[str, str], None] | None = None,
+    adapter: str | None = None,
+    manager: pluggy.PluginManager | None = None,
+    **options: Any,
+) -> list[Measurement]:
+    """Run every arm on every scene.
+
+    Each scene goes through all arms before the next is read, so that timings of one scene lie side by side;
+    the first scene is run once more beforehand to warm up.
+
+    Args:
+        model: a model that an adapter claims, unpatched.
+        scenes: scenes with true cameras and depth, at a size the model takes.
+        arms: what to compare; names and targets together must be distinct.
+        profile: needed by arms that divide budgets by score.
+        progress: called as ``progress(scene, arm)`` before each run.
+        adapter: take this adapter instead of asking which one claims the model.
+        manager: plugin manager; a fresh one by default.
+        options: further arguments of `hess_plugin.patch` (block sizes, backend, ...).
+
+    Returns:
+        One measurement for each scene and arm, scenes outermost.
+    """
+    chosen = resolve_adapter(model, adapter, manager)
+    device = next(model.parameters()).device
+    rows: list[Measurement] = []
+    for index, scene in enumerate(scenes):
+        scene = scene.normalised().to(device)
+        if index == 0:
+            _run(chosen, model, scene, Arm("warm-up"), None, {})
+        for arm in arms:
+            if progress is not None:
+                progress(scene.name, f"{arm.name} {arm.sparsity:g}" if arm.sparsity else arm.name)
+            guided = arm.allocation not in ("uniform", "equal")
+            prediction, sparsity, seconds = _run(chosen, model, scene, arm, profile if guided else None, options)
+            rows.append(_measure(scene, arm, prediction, sparsity, seconds))
+    return rows
+
+
+def _run(
+    adapter: Adapter, model: nn.Module, scene: Scene, arm: Arm, profile: Profile | None, options: dict[str, Any]
+) -> tuple[Prediction, float, float]:
+    """Run one arm on one scene: prediction, measured sparsity, seconds."""
+    with torch.inference_mode():
+        if arm.sparsity == 0.0:
+            started = time.perf_counter()
+            return adapter.predict(model, scene.images), 0.0, time.perf_counter() - started
+        with patch(
+            model,
+            profile=profile,
+            sparsity=arm.sparsity,
+            allocation=arm.allocation,
+            adapter=adapter.name,
+            manager=adapter.manager,
+            **options,
+        ) as handle:
+            started = time.perf_counter()
+            prediction = adapter.predict(model, scene.images)
+            seconds = time.perf_counter() - started
+        return prediction, handle.report().sparsity or 0.0, seconds
+
+
+def _measure(scene: Scene, arm: Arm, prediction: Prediction, sparsity: float, seconds: float) -> Measurement:
+    rotation, translation = relative_pose_errors(prediction.c2w, scene.c2w)
+    worst = torch.maximum(rotation, translation)
+    areas = {f"auc{threshold}": float(auc(worst, threshold)) for threshold in THRESHOLDS}
+    similarity = align(prediction, scene, icp=False).similarity
+    return Measurement(
+        scene=scene.name,
+        arm=arm.name,
+        target=arm.sparsity,
+        sparsity=sparsity,
+        ate=float(absolute_trajectory_error(prediction.c2w, scene.c2w)),
+        point_error=float(pointmap_error(prediction, scene, similarity)),
+        seconds=seconds,
+        **areas,
+    )
+
+
+def summarise(rows: Sequence[Measurement]) -> list[Summary]:
+    """Average every arm over its scenes and compare it with uniform at the same target, scene by scene."""
+    groups: dict[tuple[str, float], dict[str, Measurement]] = {}
+    for row in rows:
+        groups.setdefault((row.arm, row.target), {})[row.scene] = row
+    summaries = []
+    for (arm, target), by_scene in groups.items():
+        mean, error = _means([[getattr(row, m) for row in by_scene.values()] for m in METRICS])
+        difference: dict[str, float] = {}
+        difference_error: dict[str, float] = {}
+        baseline = groups.get(("uniform", target))
+        if baseline is not None and arm != "uniform":
+            pairs = [(row, baseline[scene]) for scene, row in by_scene.items() if scene in baseline]
+            columns = [[getattr(row, m) - getattr(base, m) for row, base in pairs] for m in METRICS]
+            difference, difference_error = _means(columns)
+        summaries.append(Summary(arm, target, len(by_scene), mean, error, difference, difference_error))
+    return summaries
+
+
+def _means(columns: list[list[float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and standard error of each metric's column."""
+    mean = {m: statistics.fmean(c) for m, c in zip(METRICS, columns, strict=True)}
+    error = {
+        m: statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan
+        for m, c in zip(METRICS, columns, strict=True)
+    }
+    return mean, error
+
+
+def write_csv(path: str | Path, rows: Sequence[Measurement], provenance: dict[str, Any]) -> None:
+    """Write one line for each measurement, every line carrying the provenance columns as well."""
+    buffer = io.StringIO()
+    names = [field.name for field in fields(Measurement)]
+    writer = csv.DictWriter(buffer, [*names, *provenance], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**asdict(row), **provenance})
+    write_bytes(path, buffer.getvalue().encode())

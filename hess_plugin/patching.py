@@ -1,0 +1,220 @@
+"""Patching a model in place and undoing it without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pluggy
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+import hess_plugin_cuda
+
+from .adapting import Adapter, Replacement
+from .attention import Layouts, Settings, SiteAttention
+from .exceptions import PatchError
+from .interception import is_intercepted, restore
+from .plugins import resolve_adapter
+from .profiles import Profile, weights_fingerprint
+from .report import PatchReport
+from .sites import Site
+
+DEFAULT_SPARSITY = 0.73
+
+
+class Patch:
+    """The handle of one patched model: a context manager, a report and the undo.
+
+    Made by `patch`. `remove` gives the model back exactly as it was; it may be called any number of times.
+    """
+
+    def __init__(self, attentions: list[SiteAttention], settings: Settings, backend: str) -> None:
+        self._attentions = attentions
+        self._settings = settings
+        self._backend = backend
+        self._undo = contextlib.ExitStack()
+        self._active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched by this handle."""
+        return self._active
+
+    def remove(self) -> None:
+        """Undo the patch; a second call does nothing."""
+        self._active = False
+        self._undo.close()
+
+    def report(self) -> PatchReport:
+        """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
+        settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
+        sites = tuple(attention.tally.report() for attention in self._attentions)
+        return PatchReport(sites, self._backend, self._settings.allocation, settings)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self._active else "removed"
+        return f"<Patch of {len(self._attentions)} sites, allocation {self._settings.allocation}, {state}>"
+
+
+def patch(
+    model: nn.Module,
+    *,
+    profile: Profile | str | Path | None = None,
+    sparsity: float | None = None,
+    sparse_ratio: float | None = None,
+    cdf_threshold: float | None = None,
+    allocation: str | None = None,
+    selector: str = "mass",
+    backend: str = "auto",
+    block_q: int = 128,
+    block_k: int = 64,
+    minimum: int = 2,
+    camera_weight: float | None = None,
+    seed: int = 0,
+    strict: bool = True,
+    adapter: str | None = None,
+    manager: pluggy.PluginManager | None = None,
+) -> Patch:
+    """Make a model's global attention compute only the key blocks that matter, until the patch is removed.
+
+    Works at once and also as a context manager::
+
+        with hess_plugin.patch(model, profile="vggt.hess", sparsity=0.73) as patch:
+            predictions = model(images)
+        print(patch.report())
+
+    How much is kept: either `sparsity`, the share of patch-block pairs each layer drops, or the rule of
+    SparseVGGT, `sparse_ratio` and/or `cdf_threshold`; with none of them, sparsity 0.73. Camera, register and
+    other special tokens are always kept, as queries and as keys. Where nothing would be dropped (sparsity 0,
+    very short inputs) the module's own attention call runs, bit for bit.
+
+    Args:
+        model: a model that an adapter claims; changed in place. Patch before ``torch.compile`` or wrapping.
+        profile: a calibrated `Profile` or its file; None divides budgets uniformly.
+        sparsity: dropped share of patch-block pairs, 0 (dense) to below 1.
+        sparse_ratio: rho of SparseVGGT, the share of key blocks a row may drop.
+        cdf_threshold: tau of SparseVGGT, the attention mass a row keeps.
+        allocation: how the layer's total is divided among heads: ``hess`` (default with a profile),
+            ``uniform`` (default without), ``equal``, or the checks ``reverse``, ``uncapped``, ``random``.
+        selector: the rule that fills a budget; ``mass`` takes the blocks of largest pooled attention.
+        backend: attention code; ``auto`` chooses, a name must work or raises.
+        block_q: patch queries in a block.
+        block_k: patch keys in a block.
+        minimum: key blocks every row keeps at least.
+        camera_weight: lambda of the score, 0 to 1; the profile's by default.
+        seed: of the ``random`` allocation.
+        strict: refuse a profile that was calibrated on other weights.
+        adapter: take this adapter instead of asking which one claims the model.
+        manager: plugin manager; a fresh one by default.
+
+    Returns:
+        The handle that undoes everything.
+
+    Raises:
+        UnknownModel, AmbiguousModel: not exactly one adapter claims the model.
+        ProfileError, ProfileMismatch: the profile cannot be read or is not this model's.
+        PatchError: the model is patched already, or a setting is out of range.
+    """
+    if sparsity is None and sparse_ratio is None and cdf_threshold is None:
+        sparsity = DEFAULT_SPARSITY
+    if allocation is None:
+        allocation = "uniform" if profile is None else "hess"
+    settings = Settings(
+        sparsity=sparsity,
+        sparse_ratio=sparse_ratio,
+        cdf_threshold=cdf_threshold,
+        allocation=allocation,
+        selector=selector,
+        backend=backend,
+        block_q=block_q,
+        block_k=block_k,
+        minimum=minimum,
+        seed=seed,
+    )
+    if profile is None and allocation not in ("uniform", "equal"):
+        raise PatchError(f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE.")
+    if any(is_intercepted(module) for module in model.modules()):
+        raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
+    chosen = resolve_adapter(model, adapter, manager)
+    sites = chosen.sites(model)
+    scores = _scores(profile, sites, camera_weight, strict)
+    backend_name = _resolve_backend(backend, sites[0])
+    layouts = Layouts()
+    attentions = [
+        SiteAttention(site, settings, None if scores is None else scores[i], layouts, i) for i, site in enumerate(sites)
+    ]
+    handle = Patch(attentions, settings, backend_name)
+    # If anything fails half way, the sites replaced so far are put back.
+    with contextlib.ExitStack() as undo:
+        for site, attention in zip(sites, attentions, strict=True):
+            undo.callback(_replace(chosen, site, attention).remove)
+        for name in dict.fromkeys(site.layout_module for site in sites):
+            undo.callback(_watch_layout(chosen, model, name, layouts).remove)
+        handle._undo = undo.pop_all()
+    return handle
+
+
+def unpatch(model: nn.Module) -> int:
+    """Remove every patch from a model whose handle is lost, or from a deepcopy of a patched model.
+
+    Returns:
+        How many sites were restored.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hasattr(hook, "_hess_plugin_layout"):
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return sum(restore(module) for module in model.modules())
+
+
+def _scores(profile: Profile | str | Path | None, sites: list[Site], weight: float | None, strict: bool) -> Any:
+    """Read a profile, check it against the sites and return its scores ``[L, H]``."""
+    if profile is None:
+        return None
+    if not isinstance(profile, Profile):
+        profile = Profile.load(profile)
+    profile.check(sites, weights_fingerprint(sites) if strict else None)
+    return profile.scores(weight)
+
+
+def _resolve_backend(backend: str, site: Site) -> str:
+    """Fail now, not in the first forward, if the named backend does not exist or cannot run here."""
+    weight = site.weight()
+    try:
+        return hess_plugin_cuda.resolve_backend(backend, device=weight.device, dtype=weight.dtype, head_dim=site.head_dim)
+    except (ValueError, RuntimeError) as error:
+        raise PatchError(str(error)) from error
+
+
+def _replace(adapter: Adapter, site: Site, attention: SiteAttention) -> Replacement:
+    # A plain function, not the SiteAttention itself: copy.deepcopy of a patched model copies functions by
+    # reference and would walk through an object into the adapter, the site and the original model.
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return attention(*args, **kwargs)
+
+    return adapter.replace_attention(site, attend)
+
+
+def _watch_layout(adapter: Adapter, model: nn.Module, name: str, layouts: Layouts) -> RemovableHandle:
+    """Note the token layout before every forward of the module that receives the images."""
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        layouts.see(adapter.token_layout(model, args, kwargs))
+
+    hook: Callable[..., Any] = watch
+    hook._hess_plugin_layout = True  # type: ignore[attr-defined]  # how `unpatch` knows its own hooks
+    return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,0 +1,232 @@
+"""The profile: raw sensitivity traces of every head, where they came from, and the scores made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+
+from .exceptions import ProfileError, ProfileMismatch
+from .files import write_bytes
+from .sites import PROJECTIONS, Site
+
+FORMAT_VERSION = 1
+ERROR_NAMES = ("camera", "points")
+_METADATA_KEY = "hess_profile"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one calibration found, and everything needed to use it, check it and make it again.
+
+    Attributes:
+        adapter: name of the adapter that claimed the model.
+        sites: names of the L sites in execution order.
+        num_heads: heads H of every site.
+        scenes: ids of the calibration scenes, in order.
+        traces: squared gradient norm of each head by ``"<error>.<projection>"`` (errors ``camera`` and
+            ``points``, projections ``q``, ``k``, ``v``), float64 ``[scenes, L, H]``; a scene that has no such
+            error holds NaN throughout. ``tr F`` of HeSS, eq. 6, is the mean over scenes.
+        camera_weight: share of the camera trace in the score (lambda of HeSS, eq. 9).
+        fingerprint: `weights_fingerprint` of the calibrated model.
+        metadata: provenance (weights, resolution, dtype, versions, date, settings), JSON types only.
+    """
+
+    adapter: str
+    sites: tuple[str, ...]
+    num_heads: int
+    scenes: tuple[str, ...]
+    traces: Mapping[str, Tensor]
+    camera_weight: float
+    fingerprint: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.scenes), len(self.sites), self.num_heads)
+        wanted = {f"{error}.{projection}" for error in ERROR_NAMES for projection in PROJECTIONS}
+        if set(self.traces) != wanted:
+            raise ProfileError(f"a profile holds the traces {sorted(wanted)}, this one has {sorted(self.traces)}.")
+        if not self.scenes or not self.sites or self.num_heads < 1:
+            raise ProfileError(f"a profile needs scenes, sites and heads; this one has {shape} of them.")
+        for name, trace in self.traces.items():
+            if tuple(trace.shape) != shape:
+                raise ProfileError(f"trace {name!r} has shape {list(trace.shape)}, wanted [scenes, L, H] = {list(shape)}.")
+            if bool((trace < 0).any() | trace.isinf().any()):
+                raise ProfileError(f"trace {name!r} holds a negative or infinite value; calibrate again.")
+        if not 0.0 <= self.camera_weight <= 1.0:
+            raise ProfileError(f"camera_weight is {self.camera_weight}, wanted a number from 0 to 1.")
+
+    def mean_traces(self, error: str, projection: str = "q") -> Tensor | None:
+        """Average one trace over the scenes that have this error: ``[L, H]``, or None if no scene has it."""
+        trace = self.traces[f"{error}.{projection}"]
+        measured = trace[~trace.isnan().flatten(1).any(1)]
+        return measured.mean(0) if len(measured) else None
+
+    def scores(self, camera_weight: float | None = None, projection: str = "q") -> Tensor:
+        """Compute the Head Sensitivity Score (HeSS, eq. 7 to 9).
+
+        Each error's mean trace is divided by its sum over the heads of the layer; the two shares are mixed.
+        Where a layer has no camera gradient (or no scene has one), its score is the point share alone, and
+        the other way round: a 0/0 there would be no information about the heads.
+
+        Args:
+            camera_weight: lambda, from 0 (points only) to 1 (camera only); the profile's own by default.
+            projection: ``q`` (the method), or the published ablations ``k`` and ``v``.
+
+        Returns:
+            float64 ``[L, H]``, each row summing to 1.
+
+        Raises:
+            ProfileError: an unknown projection, a weight outside 0 to 1, or a layer without any gradient in
+                the errors that the weight selects.
+        """
+        weight = self.camera_weight if camera_weight is None else camera_weight
+        if projection not in PROJECTIONS or not 0.0 <= weight <= 1.0:
+            raise ProfileError(
+                f"scores of projection {projection!r} with camera_weight {weight}: wanted q, k or v and 0 to 1."
+            )
+        mixed = torch.zeros(len(self.sites), self.num_heads, dtype=torch.float64)
+        used = torch.zeros(len(self.sites), 1, dtype=torch.float64)
+        for error, share in zip(ERROR_NAMES, (weight, 1.0 - weight), strict=True):
+            trace = self.mean_traces(error, projection)
+            if trace is None or share == 0.0:
+                continue
+            total = trace.sum(-1, keepdim=True)
+            present = (total > 0).double()
+            mixed += share * present * trace / total.clamp(min=torch.finfo(torch.float64).tiny)
+            used += share * present
+        if bool((used == 0).any()):
+            empty = [name for name, share in zip(self.sites, used[:, 0].tolist(), strict=True) if share == 0]
+            raise ProfileError(
+                f"with camera_weight {weight} the profile has no gradient at {empty[0]} ({len(empty)} of "
+                f"{len(self.sites)} sites); calibrate on scenes that have the missing error or change camera_weight."
+            )
+        return mixed / used
+
+    def check(self, sites: Sequence[Site], fingerprint: str | None = None) -> None:
+        """Check that the profile belongs to a model.
+
+        Args:
+            sites: the model's sites.
+            fingerprint: the model's `weights_fingerprint`; None to allow other weights.
+
+        Raises:
+            ProfileMismatch: says the first difference.
+        """
+        names = tuple(site.name for site in sites)
+        if len(names) != len(self.sites):
+            raise ProfileMismatch(
+                f"the profile has {len(self.sites)} sites, the model {len(names)}; calibrate this model to get its own."
+            )
+        for index, (mine, theirs) in enumerate(zip(self.sites, names, strict=True)):
+            if mine != theirs:
+                raise ProfileMismatch(f"site {index} is {mine!r} in the profile and {theirs!r} in the model.")
+        for site in sites:
+            if site.num_heads != self.num_heads:
+                raise ProfileMismatch(f"the profile has {self.num_heads} heads, {site.name} has {site.num_heads}.")
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise ProfileMismatch(
+                f"the profile was calibrated on other weights ({self.fingerprint}, this model has {fingerprint}); "
+                "calibrate this model, or pass strict=False to use the profile all the same."
+            )
+
+    def with_camera_weight(self, camera_weight: float) -> Profile:
+        """Return the same profile with another default camera weight."""
+        return replace(self, camera_weight=camera_weight)
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as safetensors with JSON metadata, atomically."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "adapter": self.adapter,
+            "sites": list(self.sites),
+            "num_heads": self.num_heads,
+            "scenes": list(self.scenes),
+            "camera_weight": self.camera_weight,
+            "fingerprint": self.fingerprint,
+            "metadata": dict(self.metadata),
+        }
+        tensors = {name: self.traces[name].double().contiguous().numpy() for name in sorted(self.traces)}
+        text = json.dumps(header, sort_keys=True)
+        write_bytes(path, safetensors.numpy.save(tensors, metadata={_METADATA_KEY: text}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ProfileError: the file is missing, truncated, no profile, or of a newer format.
+        """
+        header, tensors = _read(Path(path))
+        version = header.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ProfileError(
+                f"{path} has profile format {version}, this version of hess-plugin reads {FORMAT_VERSION}; "
+                "upgrade hess-plugin or calibrate again."
+            )
+        try:
+            return cls(
+                adapter=str(header["adapter"]),
+                sites=tuple(header["sites"]),
+                num_heads=int(header["num_heads"]),
+                scenes=tuple(header["scenes"]),
+                traces=tensors,
+                camera_weight=float(header["camera_weight"]),
+                fingerprint=str(header["fingerprint"]),
+                metadata=dict(header["metadata"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"{path} is not a complete profile: {error!r} is missing or wrong.") from error
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read header and tensors of a profile file."""
+    if not path.is_file():
+        raise ProfileError(f"{path} is not a file; give a profile written by `hess-patch calibrate`.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ProfileError(f"{path} is truncated or not a profile ({error}); calibrate again.") from error
+    if _METADATA_KEY not in metadata:
+        raise ProfileError(f"{path} is a safetensors file but not a profile; give one written by `hess-patch calibrate`.")
+    try:
+        header = json.loads(metadata[_METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"{path} has a broken header ({error}); calibrate again.") from error
+    if not isinstance(header, dict):
+        raise ProfileError(f"{path} has a broken header; calibrate again.")
+    return header, tensors
+
+
+def weights_fingerprint(sites: Sequence[Site]) -> str:
+    """Digest the sites' projections, so that a profile knows the weights it was measured on.
+
+    Values are rounded to bfloat16 first: the same checkpoint loaded in float32 or in bfloat16 has one
+    fingerprint.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for site in sites:
+        weights: list[nn.Parameter] = []
+        for projection in PROJECTIONS:
+            weight = site.weight(projection)
+            if all(weight is not other for other in weights):
+                weights.append(weight)
+        for weight in weights:
+            digest.update(f"{site.name}{tuple(weight.shape)}".encode())
+            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

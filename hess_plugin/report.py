@@ -1,0 +1,165 @@
+"""What a patched model did: measured sparsity by site and head, calls and seconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened at one site since it was patched.
+
+    Attributes:
+        name: the site.
+        calls: attention calls answered (a checkpointed forward counts its recomputation too).
+        dense_calls: of these, the ones that went to plain dense attention by rule.
+        seconds: time spent in answered calls, selection included.
+        sparsity: dropped share of patch-block pairs, averaged over calls, or None without a call.
+        sparsity_all_keys: dropped share of all key blocks seen by patch queries, special ones included.
+        head_sparsity: `sparsity` of every head.
+    """
+
+    name: str
+    calls: int
+    dense_calls: int
+    seconds: float
+    sparsity: float | None
+    sparsity_all_keys: float | None
+    head_sparsity: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What happened at every site since `patch`; ``str()`` gives a table.
+
+    Attributes:
+        sites: one report a site, in execution order.
+        backend: name of the attention backend.
+        allocation: how budgets were divided among heads.
+        settings: every other setting of the patch.
+    """
+
+    sites: tuple[SiteReport, ...]
+    backend: str
+    allocation: str
+    settings: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float | None:
+        """Measured sparsity averaged over sites and heads, or None before the first forward."""
+        return _mean([site.sparsity for site in self.sites])
+
+    @property
+    def sparsity_all_keys(self) -> float | None:
+        """Like `sparsity`, counting special key blocks (always kept) as well."""
+        return _mean([site.sparsity_all_keys for site in self.sites])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in all answered attention calls."""
+        return sum(site.seconds for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return {**asdict(self), "sparsity": self.sparsity, "sparsity_all_keys": self.sparsity_all_keys}
+
+    def __str__(self) -> str:
+        lines = [f"{'site':40} {'calls':>6} {'dense':>6} {'sparsity':>9} {'heads':>15} {'seconds':>9}"]
+        for site in self.sites:
+            spread = "" if site.head_sparsity is None else f"{min(site.head_sparsity):.3f}..{max(site.head_sparsity):.3f}"
+            lines.append(
+                f"{site.name:40} {site.calls:6d} {site.dense_calls:6d} {_share(site.sparsity):>9} {spread:>15} "
+                f"{site.seconds:9.4f}"
+            )
+        lines.append(
+            f"sparsity {_share(self.sparsity)} ({_share(self.sparsity_all_keys)} of all key blocks), "
+            f"backend {self.backend}, allocation {self.allocation}, {self.seconds:.4f} s in attention"
+        )
+        return "\n".join(lines)
+
+
+class Tally:
+    """Running counts of one site; nothing here waits for a device."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._calls = 0
+        self._dense_calls = 0
+        self._total = 0  # patch-block pairs a head had, over all calls and batch items
+        self._special = 0  # special key blocks seen by patch query blocks, per head
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # An ordinary tensor even when patched or first called under inference_mode, where a new tensor
+        # could not be updated later outside of it.
+        with torch.inference_mode(False):
+            self._kept = torch.zeros(site.num_heads, dtype=torch.int64)
+
+    def dense(self, pairs: int, special: int) -> None:
+        """Count one call that kept everything: `pairs` patch-block pairs and `special` block pairs a head."""
+        self._dense_calls += 1
+        self._kept += pairs
+        self._total += pairs
+        self._special += special
+
+    def sparse(self, kept: Tensor, pairs: int, special: int) -> None:
+        """Count one sparse call that kept `kept` ``[H]`` patch-block pairs of `pairs` a head."""
+        if self._kept.device != kept.device:
+            with torch.inference_mode(False):
+                self._kept = self._kept.to(kept.device)
+        self._kept += kept
+        self._total += pairs
+        self._special += special
+
+    def start(self, device: torch.device) -> Any:
+        """Start the clock of one call: wall clock on the CPU, an event on a GPU (read only by `report`)."""
+        self._calls += 1
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self, started: Any) -> None:
+        """Stop the clock of one call."""
+        if isinstance(started, float):
+            self._seconds += time.perf_counter() - started
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append((started, event))
+        if len(self._events) > 4096:
+            self._settle_events()
+
+    def _settle_events(self) -> None:
+        """Turn recorded GPU events into seconds; waits for the device."""
+        for first, last in self._events:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000.0
+        self._events.clear()
+
+    def report(self) -> SiteReport:
+        """Read the counts."""
+        self._settle_events()
+        sparsity = all_keys = heads = None
+        if self._total:
+            kept = self._kept.tolist()
+            heads = tuple(1.0 - count / self._total for count in kept)
+            sparsity = sum(heads) / len(heads)
+            all_keys = sparsity * self._total / (self._total + self._special)
+        return SiteReport(self._site.name, self._calls, self._dense_calls, self._seconds, sparsity, all_keys, heads)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,19 @@
+"""Scenes: what they are, how they are read and written."""
+
+from __future__ import annotations
+
+from hess_plugin.scenes.folder import find_folders, read_folder
+from hess_plugin.scenes.reading import FORMATS, LazyScenes, SceneFormat, read_scenes
+from hess_plugin.scenes.scene import Scene
+from hess_plugin.scenes.writing import write_folder
+
+__all__ = [
+    "FORMATS",
+    "LazyScenes",
+    "Scene",
+    "SceneFormat",
+    "find_folders",
+    "read_folder",
+    "read_scenes",
+    "write_folder",
+]

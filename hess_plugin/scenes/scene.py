@@ -1,0 +1,196 @@
+"""A scene: images with true cameras, and true depth or a true point cloud where they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hess_plugin.exceptions import SceneError
+from hess_plugin.geometry import invert_rigid, unproject
+from hess_plugin.scenes._checks import check_scene
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Images of one scene with their ground truth, checked on construction.
+
+    Attributes:
+        name: shown in messages and recorded in profiles.
+        images: `[S, 3, H, W]` float32 RGB in [0, 1].
+        c2w: camera-to-world poses `[S, 4, 4]`, OpenCV axes.
+        intrinsics: `[S, 3, 3]` in pixels, integer coordinate = pixel centre, no distortion.
+        depth: z-depth `[S, H, W]` in the units of the poses, 0 = not known; or None.
+        points: true point cloud `[M, 3]` in the world frame; or None.
+        scale: length of one unit of this scene in the unit it was read in (1 until `normalised`).
+
+    Raises:
+        SceneError: naming the scene and the field that is wrong.
+    """
+
+    name: str
+    images: Tensor
+    c2w: Tensor
+    intrinsics: Tensor
+    depth: Tensor | None = None
+    points: Tensor | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scene(self)
+
+    @property
+    def views(self) -> int:
+        """Number of images."""
+        return int(self.images.shape[0])
+
+    @property
+    def height(self) -> int:
+        """Rows of an image."""
+        return int(self.images.shape[2])
+
+    @property
+    def width(self) -> int:
+        """Columns of an image."""
+        return int(self.images.shape[3])
+
+    @property
+    def centres(self) -> Tensor:
+        """True camera centres `[S, 3]`."""
+        return self.c2w[:, :3, 3]
+
+    def world_points(self) -> tuple[Tensor, Tensor] | None:
+        """World point of every pixel `[S, H, W, 3]` and where it is known, bool `[S, H, W]`, or None."""
+        if self.depth is None:
+            return None
+        return unproject(self.depth, self.intrinsics, self.c2w), self.depth > 0
+
+    def cloud(self) -> Tensor | None:
+        """The true cloud `[M, 3]`: `points` if there are any, else the unprojected depth, else None."""
+        if self.points is not None:
+            return self.points
+        return self._depth_cloud()
+
+    def _depth_cloud(self) -> Tensor | None:
+        known = self.world_points()
+        if known is None or not bool(known[1].any()):
+            return None
+        return known[0][known[1]]
+
+    def unit_length(self) -> float:
+        """Mean distance of true points to the first camera, or of the other cameras where no point is known.
+
+        Unprojected depth is used before `points`, as in VGGT's training convention.
+
+        Raises:
+            SceneError: when there is nothing to measure: no depth, no points, and all cameras in one place.
+        """
+        cloud = self._depth_cloud()
+        if cloud is None:
+            cloud = self.points
+        if cloud is None:
+            cloud = self.centres[1:]
+        length = 0.0
+        if len(cloud):
+            length = float((cloud.double() - self.centres[0].to(cloud.device).double()).norm(dim=-1).mean())
+        if not length > 0:
+            raise SceneError(
+                f"Scene {self.name} has no size: it has no depth, no points and no two distinct "
+                "camera centres; give it depth, points or more views."
+            )
+        return length
+
+    def normalised(self) -> Scene:
+        """The scene in its first camera's frame with `unit_length` 1; `scale` records what was divided."""
+        length = self.unit_length()
+        to_first = invert_rigid(self.c2w[0].double())
+        c2w = to_first @ self.c2w.double()
+        c2w[:, :3, 3] /= length
+        points = None
+        if self.points is not None:
+            frame = to_first.to(self.points.device)
+            moved = (self.points.double() @ frame[:3, :3].T + frame[:3, 3]) / length
+            points = moved.to(self.points.dtype)
+        return replace(
+            self,
+            c2w=c2w.to(self.c2w.dtype),
+            depth=None if self.depth is None else self.depth / length,
+            points=points,
+            scale=self.scale * length,
+        )
+
+    def subset(self, indices: Sequence[int] | Tensor) -> Scene:
+        """The scene seen from some of its views, in the given order; `points` stay whole.
+
+        Raises:
+            SceneError: when no view is asked for or an index does not exist.
+        """
+        chosen = [int(i) for i in indices]
+        wrong = [i for i in chosen if not -self.views <= i < self.views]
+        if wrong or not chosen:
+            what = f"view {wrong[0]}" if wrong else "no view"
+            raise SceneError(f"Scene {self.name} has {self.views} views, {what} was asked for.")
+        index = torch.tensor(chosen)
+        return replace(
+            self,
+            images=self.images[index],
+            c2w=self.c2w[index],
+            intrinsics=self.intrinsics[index],
+            depth=None if self.depth is None else self.depth[index],
+        )
+
+    def resized(self, height: int, width: int) -> Scene:
+        """The scene at another resolution.
+
+        Images are resampled with an antialiased filter, depth by nearest pixel (a mean of two depths is a
+        point in the air), intrinsics by the half-pixel rule `u' + .5 = (u + .5) * width / W`.
+        """
+        if height < 1 or width < 1:
+            raise SceneError(f"Scene {self.name} cannot be resized to {height}x{width}: give sides >= 1.")
+        if (height, width) == (self.height, self.width):
+            return self
+        images = interpolate(
+            self.images, (height, width), mode="bilinear", align_corners=False, antialias=True
+        ).clamp(0, 1)
+        depth = self.depth
+        if depth is not None:
+            depth = interpolate(depth[:, None], (height, width), mode="nearest-exact")[:, 0]
+        factor_x, factor_y = width / self.width, height / self.height
+        intrinsics = self.intrinsics.clone()
+        intrinsics[:, 0] *= factor_x
+        intrinsics[:, 1] *= factor_y
+        intrinsics[:, 0, 2] += 0.5 * factor_x - 0.5
+        intrinsics[:, 1, 2] += 0.5 * factor_y - 0.5
+        return replace(self, images=images, intrinsics=intrinsics, depth=depth)
+
+    def fitted(self, multiple: int, longest: int | None = None) -> Scene:
+        """The scene at a size a network takes: sides multiples of `multiple`, the longest at most `longest`.
+
+        Never enlarged to reach `longest`; the aspect is kept as closely as whole multiples allow.
+
+        Raises:
+            SceneError: when no multiple fits under `longest`.
+        """
+        if multiple < 1 or (longest is not None and longest < multiple):
+            raise SceneError(
+                f"Scene {self.name} cannot have sides that are multiples of {multiple} and at most "
+                f"{longest}; ask for a longest side of at least one multiple."
+            )
+        long_side = max(self.height, self.width)
+        count = max(1, round(long_side / multiple))
+        if longest is not None:
+            count = min(count, longest // multiple)
+        factor = count * multiple / long_side
+        sides = (max(1, round(side * factor / multiple)) * multiple for side in (self.height, self.width))
+        return self.resized(*sides)
+
+    def to(self, device: torch.device | str) -> Scene:
+        """The scene with every tensor on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "c2w", "intrinsics")}
+        for name in ("depth", "points"):
+            tensor = getattr(self, name)
+            moved[name] = None if tensor is None else tensor.to(device)
+        return replace(self, **moved)

@@ -1,0 +1,138 @@
+"""What an adapter tells the core about a model: where its global attention is and how its tokens lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .exceptions import AdapterError
+
+PROJECTIONS = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the rows of one projection (W_Q, W_K or W_V) lie.
+
+    Attributes:
+        parameter: name of the weight inside the site's module, for example ``"qkv.weight"``.
+        start: first row of the projection in that weight; head ``h`` owns the ``head_dim`` rows
+            from ``start + h * head_dim``.
+    """
+
+    parameter: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One global-attention module of a model: the place where a head's budget is spent.
+
+    Attributes:
+        name: key of the module in ``model.named_modules()``.
+        module: the attention module; its forward calls ``scaled_dot_product_attention`` exactly once.
+        num_heads: heads H.
+        head_dim: width d of a head.
+        layout_module: name of the module whose inputs tell the token layout of this site (the smallest
+            module a user may call on images); ``""`` is the model itself.
+        projections: where W_Q, W_K and W_V are, by the letters ``q``, ``k``, ``v``.
+    """
+
+    name: str
+    module: nn.Module
+    num_heads: int
+    head_dim: int
+    layout_module: str
+    projections: Mapping[str, Projection]
+
+    def weight(self, projection: str = "q") -> nn.Parameter:
+        """Return the parameter that holds one projection (fused ``qkv`` holds all three)."""
+        return self.module.get_parameter(self.projections[projection].parameter)
+
+    def head_rows(self, gradient: Tensor, projection: str = "q") -> Tensor:
+        """View the rows of one projection in a gradient of its weight as ``[H, d, in_features]``."""
+        start = self.projections[projection].start
+        rows = gradient[start : start + self.num_heads * self.head_dim]
+        return rows.unflatten(0, (self.num_heads, self.head_dim))
+
+
+def fused_site(model: nn.Module, name: str, layout_module: str) -> Site:
+    """Describe an attention module with one fused ``qkv`` linear layer, rows q | k | v, head-major.
+
+    Raises:
+        AdapterError: the module has no ``num_heads`` or no ``qkv`` weight of three equal parts.
+    """
+    module = model.get_submodule(name)
+    num_heads, weight = getattr(module, "num_heads", None), getattr(getattr(module, "qkv", None), "weight", None)
+    if not isinstance(num_heads, int) or not isinstance(weight, Tensor) or weight.shape[0] % (3 * num_heads):
+        raise AdapterError(
+            f"{name} ({type(module).__name__}) is not an attention module with `num_heads` and a fused `qkv` "
+            "linear layer; describe it with hess_plugin.Site directly."
+        )
+    width = weight.shape[0] // 3
+    projections = {letter: Projection("qkv.weight", i * width) for i, letter in enumerate(PROJECTIONS)}
+    return Site(name, module, num_heads, width // num_heads, layout_module, projections)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the tokens of one global-attention sequence are arranged, frame after frame.
+
+    A frame is ``leading`` special tokens, ``patches`` patch tokens in raster order, ``trailing`` special
+    tokens; ``tail`` more special tokens may close the sequence. All counts are Python integers, so that
+    reading a layout never waits for a device.
+
+    Attributes:
+        frames: number of views N.
+        patches: patch tokens of one frame.
+        leading: special tokens before the patches of each frame (camera and registers in VGGT).
+        trailing: special tokens after the patches of each frame.
+        tail: special tokens after the last frame.
+        grid: patch rows and columns ``(h, w)`` if known; ``h * w == patches``.
+    """
+
+    frames: int
+    patches: int
+    leading: int = 0
+    trailing: int = 0
+    tail: int = 0
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.patches < 1 or min(self.leading, self.trailing, self.tail) < 0:
+            raise AdapterError(f"{self} is not a token layout: frames and patches are at least 1, others at least 0.")
+        if self.grid is not None and self.grid[0] * self.grid[1] != self.patches:
+            raise AdapterError(f"patch grid {self.grid} does not hold the {self.patches} patches of a frame.")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one frame, special ones included."""
+        return self.leading + self.patches + self.trailing
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole sequence."""
+        return self.frames * self.tokens_per_frame + self.tail
+
+    @property
+    def patch_tokens(self) -> int:
+        """Patch tokens of the whole sequence."""
+        return self.frames * self.patches
+
+    @property
+    def special_tokens(self) -> int:
+        """Special tokens of the whole sequence."""
+        return self.tokens - self.patch_tokens
+
+    @cached_property
+    def patches_first(self) -> Tensor:
+        """Token indices ``[tokens]`` int64 on the CPU: every patch in frame and raster order, then every special."""
+        index = torch.arange(self.tokens)
+        within = index % self.tokens_per_frame
+        patch = (within >= self.leading) & (within < self.leading + self.patches)
+        patch &= index < self.frames * self.tokens_per_frame
+        return torch.cat([index[patch], index[~patch]])

@@ -1,0 +1,25 @@
+"""Which key blocks each query block attends to: block maps, uniform counts, budgets of heads, selectors."""
+
+from .budgets import allocate, head_weights, spread, target_total
+from .checks import SparsityError
+from .counts import pooled_uniform_counts, streamed_uniform_counts, uniform_counts
+from .pooling import PooledTokens, block_map, pool, pool_tokens
+from .selection import SELECTORS, select, select_from_map
+
+__all__ = [
+    "SELECTORS",
+    "PooledTokens",
+    "SparsityError",
+    "allocate",
+    "block_map",
+    "head_weights",
+    "pool",
+    "pool_tokens",
+    "pooled_uniform_counts",
+    "select",
+    "select_from_map",
+    "spread",
+    "streamed_uniform_counts",
+    "target_total",
+    "uniform_counts",
+]

@@ -1,0 +1,130 @@
+"""Block maps: how much attention each query block pays to each key block, estimated from pooled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_patches
+
+CHUNK_ENTRIES = 2**20
+"""Block-map entries worked on at once. A step holds about 26 bytes for each, so a chunk stays below 30 MB."""
+
+
+def pool_tokens(x: Tensor, block: int) -> Tensor:
+    """Average runs of `block` tokens, the last maybe shorter: `[B, H, N, d]` -> float32 `[B, H, T, d]`."""
+    whole = x.shape[2] // block
+    parts = []
+    if whole:
+        blocks = x[:, :, : whole * block].unflatten(2, (whole, block))
+        parts.append(blocks.mean(3, dtype=torch.float32))
+    if whole * block < x.shape[2]:
+        parts.append(x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class PooledTokens:
+    """Pooled queries and keys, from which any part of the block map can be had without the whole of it.
+
+    Attributes:
+        q: pooled patch queries, float32 `[B * H, T_q, d]`, times the scale of the attention.
+        k: pooled patch keys, float32 `[B * H, T_k, d]`.
+        batch: items B.
+        heads: heads H.
+        query_tokens: patch queries that were pooled.
+        key_tokens: patch keys that were pooled.
+        block_q: queries of a block.
+        block_k: keys of a block.
+        chunk_entries: entries of the block map that `chunks` makes at once.
+    """
+
+    q: Tensor
+    k: Tensor
+    batch: int
+    heads: int
+    query_tokens: int
+    key_tokens: int
+    block_q: int
+    block_k: int
+    chunk_entries: int = CHUNK_ENTRIES
+
+    @property
+    def rows(self) -> int:
+        """Query blocks T_q of a head."""
+        return self.q.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Key blocks T_k of a head."""
+        return self.k.shape[1]
+
+    def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield `(heads, rows, map)`: slices of B * H and T_q, and that part of the map `[h, r, T_k]`.
+
+        Several small heads come at once; a head larger than `chunk_entries` comes in runs of rows.
+        """
+        size = self.rows * self.columns
+        if size <= self.chunk_entries:
+            step = max(1, self.chunk_entries // size)
+            for start in range(0, self.q.shape[0], step):
+                heads = slice(start, start + step)
+                yield heads, slice(0, self.rows), _probabilities(self.q[heads], self.k[heads])
+            return
+        step = max(1, self.chunk_entries // self.columns)
+        for head in range(self.q.shape[0]):
+            for start in range(0, self.rows, step):
+                one, rows = slice(head, head + 1), slice(start, start + step)
+                yield one, rows, _probabilities(self.q[one, rows], self.k[one])
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """Block map of pooled q `[h, r, d]` and k `[h, T_k, d]`, never with a NaN, which no sorting could place."""
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.bmm(q, k.mT).softmax(-1).nan_to_num_(0.0)
+
+
+@torch.no_grad()
+def pool(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | None = None) -> PooledTokens:
+    """Pool patch queries and keys `[B, H, N, d]` (after the layer's own norm and RoPE) by blocks.
+
+    No gradient flows: which blocks are kept is a constant of the computation.
+
+    Args:
+        q: patch queries.
+        k: patch keys.
+        block_q: queries of a block.
+        block_k: keys of a block.
+        scale: factor on q . k; None is d ** -0.5.
+
+    Raises:
+        SparsityError: the shapes do not fit, or a block is below one token.
+    """
+    check_patches(q, k, block_q, block_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    pooled_q = pool_tokens(q, block_q).flatten(0, 1) * scale
+    pooled_k = pool_tokens(k, block_k).flatten(0, 1)
+    return PooledTokens(pooled_q, pooled_k, q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_q, block_k)
+
+
+def block_map(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | None = None) -> Tensor:
+    """The whole block map: softmax over key blocks of pooled q . pooled k (SparseVGGT, sec. 3).
+
+    For small inputs, tests and plots: at 1000 views the map of one layer has 3.7e9 entries. `select` and
+    `streamed_uniform_counts` never hold it.
+
+    Args:
+        q: patch queries `[B, H, N_q, d]`.
+        k: patch keys `[B, H, N_k, d]`.
+        block_q: queries of a block.
+        block_k: keys of a block.
+        scale: factor on q . k; None is d ** -0.5.
+
+    Returns:
+        float32 `[B, H, T_q, T_k]`, rows summing to 1.
+    """
+    pooled = pool(q, k, block_q, block_k, scale=scale)
+    return _probabilities(pooled.q, pooled.k).unflatten(0, (pooled.batch, pooled.heads))

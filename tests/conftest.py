@@ -1,0 +1,29 @@
+"""Shared fixtures: one thread (the tensors are tiny), a small random model, a small scene."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig
+from hess_plugin.demo.rooms import make_scene
+from hess_plugin.scenes.scene import Scene
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads waiting for each other cost more than these tensors, and much more on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> TinyVGGT:
+    """A VGGT-like model with two pairs of layers and random weights, in eval mode."""
+    torch.manual_seed(0)
+    return TinyVGGT(TinyVGGTConfig(dim=32, num_heads=4, depth=2, stem=16, camera_depth=1)).eval()
+
+
+@pytest.fixture(scope="session")
+def room() -> Scene:
+    """Four views of one synthetic room, 60 x 60 pixels."""
+    return make_scene(11, views=4)
