@@ -26,8 +26,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except HessError as error:
-            if ctx.params.get("verbose"):
+        except (HessError, OSError) as error:  # OSError: a disk that is full, a folder that is a file, ...
+            if ctx.params.get("verbose") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(str(error)) from error
 
@@ -46,14 +46,16 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--weights",
             metavar="PATH|HUB_ID|random",
-            help="A .safetensors or .pt file, a hub id, or `random` (a test of the machinery: the result means nothing).",
+            help="A .safetensors or .pt file, a hub id, or `random` (tests the machinery; the result means nothing).",
         ),
         click.option(
             "--repo",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
             help="Checkout of the model's code, if it is not importable already.",
         ),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."),
+        click.option(
+            "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -70,14 +72,24 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 @model_options
 @click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes.")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
+)
 @click.option("--scenes", type=click.IntRange(min=1), help="Calibrate on this many scenes; all by default.")
 @click.option("--views", type=click.IntRange(min=1), help="Use this many views of each scene; all by default.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views.")
-@click.option("--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default.")
-@click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the model family's by default.")
 @click.option(
-    "--autocast", type=click.Choice(["none", "bfloat16"]), default="none", show_default=True, help="Type of the forward."
+    "--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default."
+)
+@click.option(
+    "--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the model family's by default."
+)
+@click.option(
+    "--autocast",
+    type=click.Choice(["none", "bfloat16"]),
+    default="none",
+    show_default=True,
+    help="Type of the forward.",
 )
 def calibrate(output: Path, model: str, weights: str | None, data: str, **options: Any) -> None:
     """Measure every head's sensitivity on scenes with ground truth and write a profile.
@@ -122,7 +134,9 @@ def calibrate(output: Path, model: str, weights: str | None, data: str, **option
 
 @main.command()
 @click.argument("profile", type=click.Path(path_type=Path))
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Heat map to write; PROFILE.png by default.")
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), help="Heat map to write; PROFILE.png by default."
+)
 @click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the profile's by default.")
 @click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True, help="Heads to list at each end.")
 def show(profile: Path, png: Path | None, camera_weight: float | None, heads: int) -> None:
@@ -169,7 +183,9 @@ def plugins() -> None:
 
 
 @main.command()
-@click.option("-o", "--output", default="hess-demo", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "-o", "--output", default="hess-demo", show_default=True, type=click.Path(file_okay=False, path_type=Path)
+)
 @click.option("--calibration-scenes", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--test-scenes", type=click.IntRange(min=2), default=24, show_default=True)
 @click.option("--views", type=click.IntRange(min=3), default=16, show_default=True)
@@ -225,7 +241,8 @@ def _warn_random() -> None:
 def _progress() -> Iterator[Progress]:
     """Show one progress bar a stage on standard error; silent when that is not a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -21,39 +21,39 @@ from hess_plugin import (
 
 
 @hookimpl
-def hess_claim_model(model: nn.Module) -> bool:
+def hess_claim_model(model: Any) -> bool:
     parts = ("decoder", "register_token", "point_decoder", "camera_decoder", "conf_decoder", "camera_head")
     return all(hasattr(model, part) for part in parts)
 
 
 @hookimpl
-def hess_describe_family(model: nn.Module) -> Family:
+def hess_describe_family(model: Any) -> Family:
     source = "lambda = 0 for Pi3: HeSS (arXiv 2603.25336), sec. 4; ReSS (arXiv 2609.35593)"
     return Family(camera_weight=0.0, image_multiple=model.patch_size, source=source)
 
 
 @hookimpl
-def hess_find_global_attention(model: nn.Module) -> list[Site]:
+def hess_find_global_attention(model: Any) -> list[Site]:
     # decode() reshapes to one sequence of all frames before every odd block.
     return [fused_site(model, f"decoder.{i}.attn", "") for i in range(1, len(model.decoder), 2)]
 
 
 @hookimpl
-def hess_token_layout(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
+def hess_token_layout(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
     images = args[0] if args else kwargs["imgs"]  # [B, N, 3, H, W]
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     return TokenLayout(images.shape[1], grid[0] * grid[1], leading=model.patch_start_idx, grid=grid)
 
 
 @hookimpl
-def hess_predict(model: nn.Module, images: Tensor) -> Prediction:
+def hess_predict(model: Any, images: Tensor) -> Prediction:
     if hasattr(model, "metric_token"):
         return _predict_pi3x(model, images)
     output = model(images[None])
     return _prediction(output["camera_poses"][0], output["points"][0], output["conf"][0])
 
 
-def _predict_pi3x(model: nn.Module, images: Tensor) -> Prediction:
+def _predict_pi3x(model: Any, images: Tensor) -> Prediction:
     """Rebuild Pi3X's points from its heads: its forward scales the poses in place after autograd saved them.
 
     The metric scale is left out; it cancels under the similarity alignment of every error.

@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_attention.py --threads 1 --write benchmarks/results/cpu_attention.md
 
-Protocol: for every repeat, dense and sparse calls of all kept shares run one after the other, so that a busy machine
-slows both; a cell is the median (and the least) over repeats of sparse time / dense time of the same repeat. CPU time is
-the process's own (all threads); wall time is beside it. "kept" is the share of patch-block pairs kept, the floor of
-the ratio. Queries and keys are random with structure: each block of tokens shares a random centre.
+Protocol: for every repeat, dense and sparse calls of all kept shares run one after the other, so that a busy
+machine slows both. "median" is the median over repeats of the time / the dense time of the same repeat, "min" the least
+time / the least dense time. CPU time is the process's own (all threads); wall time is beside it. "kept" is the share of
+patch-block pairs kept, the floor of the ratio. Tokens are random with structure: those of a key block share a centre.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, object]]:
     """Rows of the table for one dtype."""
     q, k, v = (make_tokens(args, seed, dtype) for seed in range(3))
-    calls: dict[tuple[object, ...], Callable[[], object]] = {("dense",): lambda: F.scaled_dot_product_attention(q, k, v)}
+    calls: dict[tuple[object, ...], Callable[[], object]] = {
+        ("dense",): lambda: F.scaled_dot_product_attention(q, k, v)
+    }
     for kept in args.kept:
         budgets = make_budgets(args, kept)
         lists = choose(q, k, budgets, args)
@@ -73,13 +75,11 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, obje
             calls[(*label, "selection")] = lambda budgets=budgets: choose(q, k, budgets, args)
     with torch.inference_mode():
         times = repeat(calls, args.repeats)
-    return [
-        row_of(dtype, label, times[label], times[("dense",)]) for label in with_sums(times) if label != ("dense",)
-    ]
+    return [row_of(dtype, label, times[label], times[("dense",)]) for label in with_sums(times) if label != ("dense",)]
 
 
 def with_sums(times: dict[tuple[object, ...], list[tuple[float, float]]]) -> list[tuple[object, ...]]:
-    """Add rows that hold selection and attention together, and selection as a share of its attention."""
+    """Add selection and attention together, and give the order of the table."""
     for label in [label for label in times if label[-1] == "selection"]:
         attention = times[(*label[:2], "attention")]
         both = [(a[0] + s[0], a[1] + s[1]) for a, s in zip(attention, times[label], strict=True)]

@@ -14,32 +14,43 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from .adapting import Adapter, Family, Replacement
-    from .calibration.calibrator import calibrate
-    from .calibration.errors import Errors, scene_errors
-    from .exceptions import (
-        AdapterError,
-        AmbiguousModel,
-        CalibrationError,
-        HessError,
-        MissingDependency,
-        PatchError,
-        ProfileError,
-        ProfileMismatch,
-        SceneError,
-        UnknownModel,
-    )
-    from .geometry import Similarity, invert_rigid, quaternion_to_matrix, unproject
-    from .hookspecs import hookimpl
-    from .loading import import_upstream, load_weights
-    from .patching import Patch, patch, unpatch
-    from .plugins import get_plugin_manager, resolve_adapter
-    from .predictions import Prediction
-    from .profiles import Profile
-    from .report import PatchReport
-    from .scenes.scene import Scene
-    from .sites import Projection, Site, TokenLayout, fused_site
+if TYPE_CHECKING:  # `as` marks a re-export for type checkers
+    from .adapting import Adapter as Adapter
+    from .adapting import Family as Family
+    from .adapting import Replacement as Replacement
+    from .calibration.calibrator import calibrate as calibrate
+    from .calibration.errors import Errors as Errors
+    from .calibration.errors import scene_errors as scene_errors
+    from .exceptions import AdapterError as AdapterError
+    from .exceptions import AmbiguousModel as AmbiguousModel
+    from .exceptions import CalibrationError as CalibrationError
+    from .exceptions import HessError as HessError
+    from .exceptions import MissingDependency as MissingDependency
+    from .exceptions import PatchError as PatchError
+    from .exceptions import ProfileError as ProfileError
+    from .exceptions import ProfileMismatch as ProfileMismatch
+    from .exceptions import SceneError as SceneError
+    from .exceptions import UnknownModel as UnknownModel
+    from .geometry import Similarity as Similarity
+    from .geometry import invert_rigid as invert_rigid
+    from .geometry import quaternion_to_matrix as quaternion_to_matrix
+    from .geometry import unproject as unproject
+    from .hookspecs import hookimpl as hookimpl
+    from .loading import import_upstream as import_upstream
+    from .loading import load_weights as load_weights
+    from .patching import Patch as Patch
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
+    from .plugins import get_plugin_manager as get_plugin_manager
+    from .plugins import resolve_adapter as resolve_adapter
+    from .predictions import Prediction as Prediction
+    from .profiles import Profile as Profile
+    from .report import PatchReport as PatchReport
+    from .scenes.scene import Scene as Scene
+    from .sites import Projection as Projection
+    from .sites import Site as Site
+    from .sites import TokenLayout as TokenLayout
+    from .sites import fused_site as fused_site
 
 _HOME = {
     "adapting": ("Adapter", "Family", "Replacement"),
@@ -69,7 +80,7 @@ _HOME = {
     "sites": ("Projection", "Site", "TokenLayout", "fused_site"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604 (built from the table above)
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,9 @@ class Adapter:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call one hook on this adapter alone, so that no second adapter answers for the same model."""
-        others = [plugin for name, plugin in self.manager.list_name_plugin() if plugin is not None and name != self.name]
+        others = [
+            plugin for name, plugin in self.manager.list_name_plugin() if plugin is not None and name != self.name
+        ]
         return self.manager.subset_hook_caller(hook, others)(**arguments)
 
     def family(self, model: nn.Module) -> Family:

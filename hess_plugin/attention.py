@@ -140,8 +140,8 @@ class Layouts:
         if layout is None:
             known = ", ".join(str(n) for n in sorted(self._by_tokens)) or "none"
             raise PatchError(
-                f"{site} got a sequence of {tokens} tokens, but the model's inputs announced {known}; call the model "
-                "(or the module its adapter names as layout module) on images, or check the adapter's hess_token_layout."
+                f"{site} got a sequence of {tokens} tokens, but the model's inputs announced {known}; "
+                "call the model on images (or its adapter's layout module), or check the adapter's hess_token_layout."
             )
         return layout
 
@@ -192,12 +192,14 @@ class SiteAttention:
     def _check_plain(
         self, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, causal: bool, grouped: bool
     ) -> None:
-        asked = [n for n, on in (("attn_mask", mask is not None), ("dropout", dropout > 0), ("is_causal", causal)) if on]
+        asked = [
+            n for n, on in (("attn_mask", mask is not None), ("dropout", dropout > 0), ("is_causal", causal)) if on
+        ]
         if asked or grouped or query.shape != key.shape or query.shape[1] != self.site.num_heads:
             raise PatchError(
                 f"{self.site.name} called attention with {', '.join(asked) or 'unusual shapes'} (query "
-                f"{list(query.shape)}, key {list(key.shape)}), wanted plain self-attention of {self.site.num_heads} heads "
-                "over all tokens; sparsity 0 passes such calls through unchanged."
+                f"{list(query.shape)}, key {list(key.shape)}), wanted plain self-attention of "
+                f"{self.site.num_heads} heads over all tokens; sparsity 0 passes such calls through unchanged."
             )
 
     def _plan(self, query: Tensor) -> Plan:
@@ -276,9 +278,7 @@ class SiteAttention:
                     pooled, settings.sparse_ratio, settings.cdf_threshold, settings.minimum
                 )
                 if self._weights is not None:
-                    budgets = self._allocate(
-                        counts.sum((1, 2)), self._weights.to(q.device), plan.rows, plan.columns
-                    )
+                    budgets = self._allocate(counts.sum((1, 2)), self._weights.to(q.device), plan.rows, plan.columns)
             if budgets is None:
                 assert counts is not None
                 lists, kept = select(pooled, counts=counts), counts.sum((0, 2))

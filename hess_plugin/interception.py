@@ -15,6 +15,8 @@ from .sites import Site
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 _MARK = "_hess_plugin_intercepted"
+LAYOUT_MARK = "_hess_plugin_layout"
+"""Attribute of the pre-hooks by which a patch reads token layouts."""
 
 
 class _AnswerAttention(TorchFunctionMode):
@@ -42,13 +44,14 @@ class Interception:
     """The undo of one intercepted module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module: nn.Module | None = module
+        self._module = module
+        self._forward = module.__dict__["forward"]
 
     def remove(self) -> None:
-        """Give the module its own forward back; a second call does nothing."""
-        if self._module is not None:
+        """Give the module its own forward back; does nothing if that was done already, by whomever."""
+        # A later patch of the same module is not this one's to undo.
+        if self._module.__dict__.get("forward") is self._forward:
             restore(self._module)
-            self._module = None
 
 
 def intercept(site: Site, attend: Callable[..., Tensor]) -> Interception:
@@ -76,8 +79,8 @@ def intercept(site: Site, attend: Callable[..., Tensor]) -> Interception:
             output = type(self).forward(self, *args, **kwargs)
         if mode.calls != 1:
             raise PatchError(
-                f"{name} ({type(self).__name__}) called scaled_dot_product_attention {mode.calls} times in one forward, "
-                "wanted exactly one; its adapter must implement hess_replace_attention."
+                f"{name} ({type(self).__name__}) called scaled_dot_product_attention {mode.calls} times in one "
+                "forward, wanted exactly one; its adapter must implement hess_replace_attention."
             )
         return output
 
@@ -90,6 +93,14 @@ def is_intercepted(module: nn.Module) -> bool:
     """Tell whether `intercept` replaced this module's forward (also true for a deepcopy of such a module)."""
     forward = module.__dict__.get("forward")
     return hasattr(getattr(forward, "__func__", None), _MARK)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Tell whether a model carries a patch, also one whose adapter replaced attention in its own way."""
+    return any(
+        is_intercepted(module) or any(hasattr(hook, LAYOUT_MARK) for hook in module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
 
 
 def restore(module: nn.Module) -> bool:

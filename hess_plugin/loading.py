@@ -36,7 +36,11 @@ def import_upstream(module: str, repository: str) -> ModuleType:
 
 
 def load_weights(
-    build: Callable[[], nn.Module], weights: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    build: Callable[[], nn.Module],
+    weights: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Build a model and give it weights.
 

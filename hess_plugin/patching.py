@@ -18,7 +18,7 @@ import hess_plugin_cuda
 from .adapting import Adapter, Replacement
 from .attention import Layouts, Settings, SiteAttention
 from .exceptions import PatchError
-from .interception import is_intercepted, restore
+from .interception import LAYOUT_MARK, is_patched, restore
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
 from .report import PatchReport
@@ -145,8 +145,10 @@ def patch(
         seed=seed,
     )
     if profile is None and allocation not in ("uniform", "equal"):
-        raise PatchError(f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE.")
-    if any(is_intercepted(module) for module in model.modules()):
+        raise PatchError(
+            f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE."
+        )
+    if is_patched(model):
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
     chosen = resolve_adapter(model, adapter, manager)
     sites = chosen.sites(model)
@@ -175,7 +177,7 @@ def unpatch(model: nn.Module) -> int:
     """
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hasattr(hook, "_hess_plugin_layout"):
+            if hasattr(hook, LAYOUT_MARK):
                 module._forward_pre_hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     return sum(restore(module) for module in model.modules())
@@ -195,7 +197,9 @@ def _resolve_backend(backend: str, site: Site) -> str:
     """Fail now, not in the first forward, if the named backend does not exist or cannot run here."""
     weight = site.weight()
     try:
-        return hess_plugin_cuda.resolve_backend(backend, device=weight.device, dtype=weight.dtype, head_dim=site.head_dim)
+        return hess_plugin_cuda.resolve_backend(
+            backend, device=weight.device, dtype=weight.dtype, head_dim=site.head_dim
+        )
     except (ValueError, RuntimeError) as error:
         raise PatchError(str(error)) from error
 
@@ -216,5 +220,5 @@ def _watch_layout(adapter: Adapter, model: nn.Module, name: str, layouts: Layout
         layouts.see(adapter.token_layout(model, args, kwargs))
 
     hook: Callable[..., Any] = watch
-    hook._hess_plugin_layout = True  # type: ignore[attr-defined]  # how `unpatch` knows its own hooks
+    setattr(hook, LAYOUT_MARK, True)  # how `unpatch` knows its own hooks
     return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)

@@ -123,12 +123,13 @@ def describe_plugins(manager: pluggy.PluginManager | None = None) -> list[dict[s
         if plugin is None:
             continue
         owner = None if name in BUILT_IN else packages.get(name)
+        marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}  # without the marker it is no hook
         described.append(
             {
                 "name": name,
                 "module": getattr(plugin, "__name__", type(plugin).__name__),
                 "package": "hess-plugin" if owner is None else f"{owner.name} {owner.version}",
-                "hooks": [hook for hook in hook_names() if hasattr(plugin, hook)],
+                "hooks": [hook for hook in hook_names() if hook in marked],
             }
         )
     return described

@@ -58,7 +58,9 @@ class Profile:
             raise ProfileError(f"a profile needs scenes, sites and heads; this one has {shape} of them.")
         for name, trace in self.traces.items():
             if tuple(trace.shape) != shape:
-                raise ProfileError(f"trace {name!r} has shape {list(trace.shape)}, wanted [scenes, L, H] = {list(shape)}.")
+                raise ProfileError(
+                    f"trace {name!r} has shape {list(trace.shape)}, wanted [scenes, L, H] = {list(shape)}."
+                )
             if bool((trace < 0).any() | trace.isinf().any()):
                 raise ProfileError(f"trace {name!r} holds a negative or infinite value; calibrate again.")
         if not 0.0 <= self.camera_weight <= 1.0:
@@ -200,7 +202,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (safetensors.SafetensorError, OSError) as error:
         raise ProfileError(f"{path} is truncated or not a profile ({error}); calibrate again.") from error
     if _METADATA_KEY not in metadata:
-        raise ProfileError(f"{path} is a safetensors file but not a profile; give one written by `hess-patch calibrate`.")
+        raise ProfileError(
+            f"{path} is a safetensors file but not a profile; give one written by `hess-patch calibrate`."
+        )
     try:
         header = json.loads(metadata[_METADATA_KEY])
     except json.JSONDecodeError as error:

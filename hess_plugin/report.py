@@ -73,7 +73,9 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [f"{'site':40} {'calls':>6} {'dense':>6} {'sparsity':>9} {'heads':>15} {'seconds':>9}"]
         for site in self.sites:
-            spread = "" if site.head_sparsity is None else f"{min(site.head_sparsity):.3f}..{max(site.head_sparsity):.3f}"
+            spread = (
+                "" if site.head_sparsity is None else f"{min(site.head_sparsity):.3f}..{max(site.head_sparsity):.3f}"
+            )
             lines.append(
                 f"{site.name:40} {site.calls:6d} {site.dense_calls:6d} {_share(site.sparsity):>9} {spread:>15} "
                 f"{site.seconds:9.4f}"

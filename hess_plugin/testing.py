@@ -121,9 +121,9 @@ class _Suite:
     def sites_fit(self) -> str | None:
         for site in self.adapter.sites(self.model):
             for letter in site.projections:
-                rows = site.head_rows(site.weight(letter), letter).shape[:2]
-                if tuple(rows) != (site.num_heads, site.head_dim):
-                    return f"{site.name} projection {letter} has rows {list(rows)}, wanted {site.num_heads} x {site.head_dim}"
+                rows, wanted = site.head_rows(site.weight(letter), letter).shape[:2], (site.num_heads, site.head_dim)
+                if tuple(rows) != wanted:
+                    return f"{site.name} projection {letter} has rows {list(rows)}, wanted heads x width {list(wanted)}"
         return None
 
     def prediction_fits(self) -> str | None:
@@ -152,7 +152,7 @@ class _Suite:
                 replacement.remove()
         for name, lengths in seen.items():
             if not lengths:
-                return f"{name} made no scaled_dot_product_attention call; implement hess_replace_attention or drop the site"
+                return f"{name} made no scaled_dot_product_attention call; drop it or implement hess_replace_attention"
         # patch() looks the layout up by length and raises if it was not announced.
         with patch(self.model, sparsity=0.0, **self.options):
             self.predict()
@@ -173,7 +173,9 @@ class _Suite:
                 outputs.append(self.predict())
         scale = outputs[0].points.abs().max().item()
         worst = (outputs[0].points - outputs[1].points).abs().max().item()
-        return None if worst <= 1e-3 * max(scale, 1e-6) else f"points of two backends differ by {worst:.2e} of {scale:.2e}"
+        return (
+            None if worst <= 1e-3 * max(scale, 1e-6) else f"points of two backends differ by {worst:.2e} of {scale:.2e}"
+        )
 
     def sparsity_is_measured(self) -> str | None:
         with patch(self.model, sparsity=self.sparsity, **self.options) as handle:

@@ -68,15 +68,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor [B, H, N, d]; got {type(value).__name__}.")
         if value.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}, cast it first."
-            )
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}, cast it first.")
         if value.dim() != 4 or 0 in value.shape:
             raise ValueError(f"{name} must be [B, H, N, d], no size zero; got {list(value.shape)}.")
         if value.device != v.device:
-            raise ValueError(
-                f"q, k and v must be on one device; {name} is on {value.device}, v on {v.device}."
-            )
+            raise ValueError(f"q, k and v must be on one device; {name} is on {value.device}, v on {v.device}.")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape; got {list(k.shape)} and {list(v.shape)}.")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -88,17 +84,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
     if not isinstance(lists, BlockLists):
-        raise TypeError(
-            f"lists must be BlockLists; got {type(lists).__name__}. BlockLists.from_mask takes a mask."
-        )
+        raise TypeError(f"lists must be BlockLists; got {type(lists).__name__}. BlockLists.from_mask takes a mask.")
     if lists.device != q.device:
-        raise ValueError(
-            f"lists must be on the device of q, {q.device}; they are on {lists.device}, use lists.to()."
-        )
+        raise ValueError(f"lists must be on the device of q, {q.device}; they are on {lists.device}, use lists.to().")
     if (lists.batch, lists.heads) != tuple(q.shape[:2]):
-        raise ValueError(
-            f"lists are for {lists.batch} items x {lists.heads} heads; q has {q.shape[0]} x {q.shape[1]}."
-        )
+        raise ValueError(f"lists are for {lists.batch} items x {lists.heads} heads; q has {q.shape[0]} x {q.shape[1]}.")
     for name, tokens, patches in (("q", q.shape[2], lists.query_tokens), ("k", k.shape[2], lists.key_tokens)):
         if tokens < patches:
             raise ValueError(

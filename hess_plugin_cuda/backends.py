@@ -38,9 +38,7 @@ class Backend:
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "auto":
-            raise ValueError(
-                f'A backend needs a name of its own; got {self.name!r} ("auto" is the choice itself).'
-            )
+            raise ValueError(f'A backend needs a name of its own; got {self.name!r} ("auto" is the choice itself).')
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -82,9 +80,7 @@ def resolve_backend(name: str, *, device: torch.device | str, dtype: torch.dtype
         RuntimeError: the named backend cannot run here, or "auto" finds none.
     """
     device = torch.device(device)
-    usable = [
-        other for other in available_backends(device, dtype, head_dim) if _BACKENDS[other].priority >= 0
-    ]
+    usable = [other for other in available_backends(device, dtype, head_dim) if _BACKENDS[other].priority >= 0]
     if name == "auto":
         if not usable:
             raise RuntimeError(f"No attention backend runs {dtype}, head width {head_dim} on {device}.")

@@ -117,16 +117,14 @@ class _GatherRows(torch.autograd.Function):
         ctx.plan, ctx.scale = plan, scale
         out = torch.empty_like(rows)
         for some, tokens in plan.chunks():
-            out.index_copy_(
-                0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale)
-            )
+            out.index_copy_(0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, k, v = ctx.saved_tensors
-        total = torch.promote_types(k.dtype, torch.float32)  # a key's gradient sums over many rows
+        total = k.dtype  # a key's gradient sums over many rows
         grad_rows = torch.zeros_like(rows)
         grad_k, grad_v = torch.zeros_like(k, dtype=total), torch.zeros_like(v, dtype=total)
         for some, tokens in ctx.plan.chunks():

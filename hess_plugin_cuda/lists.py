@@ -58,18 +58,16 @@ class BlockLists:
         for name, dtype in (("row_ptr", torch.int64), ("col", torch.int32)):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != 1:
-                raise TypeError(
-                    f"BlockLists needs {name} as a one-dimensional {dtype} tensor; got {_told(value)}."
-                )
+                raise TypeError(f"BlockLists needs {name} as a one-dimensional {dtype} tensor; got {_told(value)}.")
         if self.row_ptr.device != self.col.device:
             raise ValueError(
-                "BlockLists needs row_ptr and col on one device; "
-                f"got {self.row_ptr.device} and {self.col.device}."
+                f"BlockLists needs row_ptr and col on one device; got {self.row_ptr.device} and {self.col.device}."
             )
         if self.row_ptr.numel() != self.rows + 1:
             raise ValueError(
                 f"BlockLists needs row_ptr of {self.rows + 1} entries, one more than "
-                f"{self.batch} items x {self.heads} heads x {self.query_blocks} query blocks; got {self.row_ptr.numel()}."
+                f"{self.batch} items x {self.heads} heads x {self.query_blocks} query "
+                f"blocks; got {self.row_ptr.numel()}."
             )
         if not self.rows <= self.kept <= self.rows * self.key_blocks:
             raise ValueError(
@@ -129,9 +127,7 @@ class BlockLists:
         return mask.view(self.batch, self.heads, self.query_blocks, self.key_blocks)
 
     @classmethod
-    def from_mask(
-        cls, mask: Tensor, query_tokens: int, key_tokens: int, block_q: int, block_k: int
-    ) -> BlockLists:
+    def from_mask(cls, mask: Tensor, query_tokens: int, key_tokens: int, block_q: int, block_k: int) -> BlockLists:
         """Lists from a bool table `[B, H, T_q, T_k]`, True where a block is kept.
 
         Raises:
@@ -146,9 +142,7 @@ class BlockLists:
         flat = mask.flatten(0, 2)
         counts = flat.sum(-1)
         if not bool((counts > 0).all()):
-            raise ValueError(
-                "from_mask needs at least one kept key block in every row; the mask has an empty row."
-            )
+            raise ValueError("from_mask needs at least one kept key block in every row; the mask has an empty row.")
         row_ptr = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=mask.device)
         row_ptr[1:] = counts.cumsum(0)
         col = flat.nonzero()[:, 1].to(torch.int32)
@@ -187,14 +181,11 @@ class BlockLists:
         ends = (int(self.row_ptr[0]), int(self.row_ptr[-1]))
         if ends != (0, self.kept):
             raise ValueError(
-                f"row_ptr must run from 0 to {self.kept}, the length of col; it runs from "
-                f"{ends[0]} to {ends[1]}."
+                f"row_ptr must run from 0 to {self.kept}, the length of col; it runs from {ends[0]} to {ends[1]}."
             )
         empty = (self.row_ptr.diff() < 1).nonzero()
         if empty.numel():
-            raise ValueError(
-                f"Every row must keep at least one key block; {self._row_name(int(empty[0]))} keeps none."
-            )
+            raise ValueError(f"Every row must keep at least one key block; {self._row_name(int(empty[0]))} keeps none.")
         bad = ((self.col < 0) | (self.col >= self.key_blocks)).nonzero()
         if bad.numel():
             where = int(bad[0])

@@ -79,9 +79,7 @@ def run(code: str, *options: str) -> str:
     """Run code in a fresh interpreter, away from the checkout."""
     if importlib.util.find_spec("hess_plugin.cli") is None:
         pytest.fail('hess-plugin is not installed here; run: pip install -c constraints.txt -e ".[cpu,test]"')
-    done = subprocess.run(
-        [sys.executable, *options, "-c", code], cwd="/", capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -121,9 +119,7 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_every_module_imports_by_itself_without_heavy_packages_or_warnings() -> None:
-    modules = [
-        module_name(path).removesuffix(".__init__") for path in [*CORE, *KERNELS, *ADAPTERS, ROOT / "cli.py"]
-    ]
+    modules = [module_name(path).removesuffix(".__init__") for path in [*CORE, *KERNELS, *ADAPTERS, ROOT / "cli.py"]]
     modules = [name for name in modules if not name.endswith("__main__")]
     assert run(EACH_ALONE.format(modules=modules, heavy=HEAVY)) == ""  # else: which and why
 
@@ -158,6 +154,4 @@ def test_adapters_use_the_public_face_only() -> None:
 
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
-    assert (
-        broken([*CORE, *KERNELS, *ADAPTERS, ROOT / "cli.py"], lambda i: i.at_import and i.root in HEAVY) == []
-    )
+    assert broken([*CORE, *KERNELS, *ADAPTERS, ROOT / "cli.py"], lambda i: i.at_import and i.root in HEAVY) == []

@@ -67,9 +67,7 @@ def build(hook: str, source: Path, into: Path) -> Path:
     """Run one hook of the build backend in a source folder."""
     into.mkdir(parents=True, exist_ok=True)
     code = f"from setuptools import build_meta; print(build_meta.{hook}({str(into)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{hook} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return into / done.stdout.split()[-1]
 
@@ -204,9 +202,7 @@ def test_editable_installation_maps_to_the_checkout(editable: Path, source: Path
 def test_editable_installation_sees_edits_and_new_files(editable: Path, source: Path) -> None:
     (source / "adapters/added_later.py").write_text("HERE = True\n")
     try:
-        assert (
-            isolated(editable)("import hess_plugin.adapters.added_later as new; print(new.HERE)") == "True\n"
-        )
+        assert isolated(editable)("import hess_plugin.adapters.added_later as new; print(new.HERE)") == "True\n"
     finally:
         (source / "adapters/added_later.py").unlink()
 
@@ -218,7 +214,5 @@ def test_command_runs_from_anywhere(kind: str, request: pytest.FixtureRequest) -
 
 def test_adapters_refuse_to_be_a_top_level_package(source: Path) -> None:
     code = "import adapters"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "ImportError" in done.stderr and "hess_plugin.adapters" in done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hess_plugin import __version__
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
-from hess_plugin.interception import is_intercepted
+from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import ERROR_NAMES, Profile, weights_fingerprint
 from hess_plugin.scenes.scene import Scene
@@ -69,7 +69,7 @@ def calibrate(
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """
-    if any(is_intercepted(module) for module in model.modules()):
+    if is_patched(model):
         raise PatchError("this model is patched; remove the patch before calibrating.")
     chosen = resolve_adapter(model, adapter, manager)
     sites = chosen.sites(model)
@@ -86,6 +86,7 @@ def calibrate(
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     names = _measure_all(chosen, model, sites, scenes, record, autocast, progress)
+    skipped = {name: record.skipped[name] for name in names if name in record.skipped}
     profile = Profile(
         adapter=chosen.name,
         sites=tuple(site.name for site in sites),
@@ -94,7 +95,7 @@ def calibrate(
         traces=_stack(record, names),
         camera_weight=weight,
         fingerprint=fingerprint,
-        metadata={**provenance, "created": record.started, "skipped": record.skipped},
+        metadata={**provenance, "created": record.started, "skipped": skipped},
     )
     profile.scores()  # fails now, with nothing written, rather than when the profile is first used
     if output is not None:
@@ -123,12 +124,13 @@ def _measure_all(
                 progress(len(names), total, name)
             names.append(name)
             if not record.done(name):
-                _measure(adapter, model, sites, weights, load(), record, autocast)
+                _measure(adapter, model, sites, weights, name, load(), record, autocast)
     if progress is not None:
         progress(len(names), len(names), "")
-    if not record.traces:
-        reason = next(iter(record.skipped.values()), "there was no scene.")
-        record.delete()  # nothing in it is worth resuming
+    if not any(name in record.traces for name in names):
+        reason = next((record.skipped[name] for name in names), "there was no scene.")
+        if not record.traces:
+            record.delete()  # nothing in it is worth resuming
         raise CalibrationError(f"none of {len(names)} scenes gave a usable error: {reason}")
     return names
 
@@ -136,12 +138,12 @@ def _measure_all(
 def _named(scenes: Iterable[Scene]) -> Iterator[tuple[str, Callable[[], Scene]]]:
     """Pair every scene's name with a way to load it; a sequence with `names` is not read before it is needed."""
     names: Sequence[str] | None = getattr(scenes, "names", None)
-    if names is None:
+    if names is None or not isinstance(scenes, Sequence):
         for scene in scenes:
             yield scene.name, functools.partial(_same, scene)
     else:
         for index, name in enumerate(names):
-            yield name, functools.partial(scenes.__getitem__, index)  # type: ignore[attr-defined]
+            yield name, functools.partial(scenes.__getitem__, index)
 
 
 def _same(scene: Scene) -> Scene:
@@ -153,28 +155,34 @@ def _measure(
     model: nn.Module,
     sites: Sequence[Site],
     weights: Sequence[nn.Parameter],
+    name: str,
     scene: Scene,
     record: Record,
     autocast: torch.dtype | None,
 ) -> None:
-    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason."""
+    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason.
+
+    It is recorded as `name`, which a folder may choose differently from the scene in it.
+    """
     device = weights[0].device
     forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     try:
-        with torch.enable_grad(), forward:
+        with torch.inference_mode(False), torch.enable_grad(), forward:
             errors = adapter.compute_errors(model, scene.normalised().to(device))
-        present = [(name, error) for name in ERROR_NAMES if (error := getattr(errors, name)) is not None]
+        present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
         if not present:
-            raise CalibrationError(f"scene {scene.name} has neither a camera nor a point error; give it views or depth.")
+            raise CalibrationError(
+                f"scene {name} has neither a camera nor a point error; give it views or depth."
+            )
         missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
-        traces: dict[str, Tensor] = {f"{name}.{letter}": missing for name in ERROR_NAMES for letter in PROJECTIONS}
-        for index, (name, error) in enumerate(present):
+        traces: dict[str, Tensor] = {f"{kind}.{letter}": missing for kind in ERROR_NAMES for letter in PROJECTIONS}
+        for index, (kind, error) in enumerate(present):
             found = head_traces(error, sites, weights, retain_graph=index < len(present) - 1)
-            traces |= {f"{name}.{letter}": trace for letter, trace in found.items()}
+            traces |= {f"{kind}.{letter}": trace for letter, trace in found.items()}
     except (CalibrationError, SceneError) as error:
-        record.skip(scene.name, str(error))
+        record.skip(name, str(error))
     else:
-        record.add(scene.name, traces)
+        record.add(name, traces)
 
 
 def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:

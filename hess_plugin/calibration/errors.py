@@ -115,13 +115,11 @@ def scene_errors(
     if not len(points):
         raise CalibrationError(
             f"No predicted point of scene {scene.name} has confidence >= {prediction.min_confidence:g} "
-            f"(largest {float(prediction.confidence.max()):.3g}); lower the adapter's threshold."
+            f"(largest {float(prediction.confidence.detach().max()):.3g}); lower the adapter's threshold."
         )
     index = CloudIndex(subsample(cloud, MAX_CLOUD, seed), seed=seed)
     try:
-        error, inliers = point_error(
-            subsample(points, max_points, seed), index, alignment.similarity, eps=eps
-        )
+        error, inliers = point_error(subsample(points, max_points, seed), index, alignment.similarity, eps=eps)
     except CalibrationError as problem:
         raise CalibrationError(f"Scene {scene.name} ({alignment.method}): {problem}") from problem
     return Errors(camera, error, alignment, inliers)

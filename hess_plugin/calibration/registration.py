@@ -27,6 +27,7 @@ ICP_ITERATIONS = 30
 COARSE_VOXEL = 0.05
 COARSE_ITERATIONS = 100_000
 COARSE_FITNESS = 0.1  # a registration that explains less of the source than this is a guess
+COARSE_SCALE = 2.5  # and so is one that shrinks the source into a dense spot of the target, where anything fits
 MAX_POINTS = 300_000
 _lock = threading.Lock()
 
@@ -94,9 +95,7 @@ def refine(source: Tensor, target: Tensor, unit: float, *, seed: int = 0) -> tup
     return _in_scene(step, origin, unit), "icp"
 
 
-def coarse(
-    source: Tensor, source_unit: float, target: Tensor, unit: float, *, seed: int = 0
-) -> tuple[Similarity, int]:
+def coarse(source: Tensor, source_unit: float, target: Tensor, unit: float, *, seed: int = 0) -> tuple[Similarity, int]:
     """Similarity between clouds without correspondences: FPFH features matched by RANSAC with scale.
 
     Args:
@@ -140,12 +139,13 @@ def coarse(
             ],
             tools.RANSACConvergenceCriteria(COARSE_ITERATIONS, 0.999),
         )
-    if found.fitness < COARSE_FITNESS:
-        raise CalibrationError(
-            f"The predicted and the true cloud do not match: registration explains {found.fitness:.0%} of "
-            "the predicted points; give the scene depth or at least 3 views that are not on a line."
-        )
     in_units = Similarity.from_matrix(torch.from_numpy(np.array(found.transformation)))
+    if found.fitness < COARSE_FITNESS or not 1 / COARSE_SCALE < float(in_units.scale) < COARSE_SCALE:
+        raise CalibrationError(
+            f"The predicted and the true cloud do not match: registration explains {found.fitness:.0%} of the "
+            f"predicted points at {float(in_units.scale):.2g} times the expected size; give the scene depth, or 3 views "
+            "that are not on a line."
+        )
     scale = in_units.scale * unit / source_unit
     similarity = Similarity(scale, in_units.rotation, in_units.translation * unit)
     return similarity, len(found.correspondence_set)

@@ -39,9 +39,7 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Si
         CalibrationError: fewer than three points, values that are not finite, or points on a line.
     """
     if source.ndim != 2 or source.shape[1] != 3 or source.shape != target.shape:
-        raise CalibrationError(
-            f"Points of shapes {list(source.shape)} and {list(target.shape)} are not both [n, 3]."
-        )
+        raise CalibrationError(f"Points of shapes {list(source.shape)} and {list(target.shape)} are not both [n, 3].")
     x, y = (points.detach().to("cpu", torch.float64) for points in (source, target))
     if weights is not None:
         weights = weights.detach().to("cpu", torch.float64)

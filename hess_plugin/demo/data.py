@@ -60,9 +60,7 @@ def make_batch(rooms: list[RenderedRoom]) -> Batch:
     return Batch(images, pose_enc, _halved((depth / scale).unsqueeze(2)).squeeze(2), points)
 
 
-def training_rooms(
-    step: int, rank: int, world: int, scenes: int, views: int, max_sector: float
-) -> list[RenderedRoom]:
+def training_rooms(step: int, rank: int, world: int, scenes: int, views: int, max_sector: float) -> list[RenderedRoom]:
     """Rooms of one training step: a pure function of its arguments, so a resumed run sees the same data."""
     rng = np.random.default_rng([step, rank])
     first = (step * world + rank) * scenes * 8

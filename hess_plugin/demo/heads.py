@@ -42,9 +42,7 @@ class CameraHead(nn.Module):
     token alone goes in, the special tokens first read the frame's patch tokens.
     """
 
-    def __init__(
-        self, token_dim: int, dim: int, num_heads: int, *, special: int, depth: int, iterations: int
-    ) -> None:
+    def __init__(self, token_dim: int, dim: int, num_heads: int, *, special: int, depth: int, iterations: int) -> None:
         super().__init__()
         self.iterations = iterations
         self.special = special
@@ -58,9 +56,7 @@ class CameraHead(nn.Module):
         self.trunk_norm = nn.LayerNorm(dim)
         self.pose_branch = nn.Linear(dim, 9)
 
-    def forward(
-        self, aggregated_tokens_list: list[Tensor], num_iterations: int | None = None
-    ) -> list[Tensor]:
+    def forward(self, aggregated_tokens_list: list[Tensor], num_iterations: int | None = None) -> list[Tensor]:
         """Pose encodings `[B, S, 9]`, one per refinement, from the last `[B, S, P, 2C]` tokens."""
         tokens = aggregated_tokens_list[-1]
         batch, views = tokens.shape[:2]

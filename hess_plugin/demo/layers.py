@@ -84,9 +84,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, rope: RotaryEmbedding2D | None = None
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, rope: RotaryEmbedding2D | None = None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, rope)

@@ -60,9 +60,7 @@ def correspondence_loss(features: Tensor, points: Tensor) -> Tensor:
     centres = points[:, :, middle::step, middle::step].reshape(batch, views * patches, 3)
     view = torch.arange(views, device=points.device).repeat_interleave(patches)
     same_view = view[:, None] == view[None]
-    likeness = torch.exp(-torch.cdist(centres, centres).square() / (2 * _SAME_POINT**2)).masked_fill(
-        same_view, 0
-    )
+    likeness = torch.exp(-torch.cdist(centres, centres).square() / (2 * _SAME_POINT**2)).masked_fill(same_view, 0)
     matched = (likeness.amax(-1) > 0.5).float()
     target = likeness / likeness.sum(-1, keepdim=True).clamp(min=1e-6)
     unit = F.normalize(features.reshape(batch, views * patches, -1), dim=-1)

@@ -33,9 +33,7 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[tuple(parameter.shape)].append(
-                        (parameter, self._nesterov(parameter, group["momentum"]))
-                    )
+                    by_shape[tuple(parameter.shape)].append((parameter, self._nesterov(parameter, group["momentum"])))
             for shape, pairs in by_shape.items():
                 updates = orthogonalise(torch.stack([update for _, update in pairs]))
                 scale = 0.2 * math.sqrt(max(shape))

@@ -80,9 +80,7 @@ class _Hits:
         depth = (-half_b - np.sqrt(np.maximum(discriminant, 0))) / a
         hit = np.flatnonzero((discriminant > 0) & (depth > _NEAREST) & (depth < self.depth))
         self.depth[hit], self.surface[hit] = depth[hit], surface
-        self.normal[:, hit] = (offset[:, hit] + depth[hit] * self.directions[:, hit]) / np.float32(
-            sphere.radius
-        )
+        self.normal[:, hit] = (offset[:, hit] + depth[hit] * self.directions[:, hit]) / np.float32(sphere.radius)
 
     def add_box(self, box: Box, surface: int) -> None:
         cos, sin = np.cos(box.yaw), np.sin(box.yaw)

@@ -52,9 +52,7 @@ def seeds(split: str, count: int) -> range:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not 0 <= count <= len(SPLITS[split]):
-        raise ValueError(
-            f"{count} seeds asked of split {split!r}, which has {len(SPLITS[split])}: ask for fewer"
-        )
+        raise ValueError(f"{count} seeds asked of split {split!r}, which has {len(SPLITS[split])}: ask for fewer")
     return SPLITS[split][:count]
 
 
@@ -89,9 +87,7 @@ def render_room(
     )
 
 
-def make_scene(
-    seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sector: float | None = None
-) -> Scene:
+def make_scene(seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sector: float | None = None) -> Scene:
     """Render one room as a `Scene` with depth ground truth; arguments as for `render_room`."""
     import torch
 

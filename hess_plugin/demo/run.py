@@ -121,7 +121,8 @@ def _protocol(settings: DemoSettings) -> str:
     p = _provenance(settings)
     return (
         f"Demo model on synthetic rooms: {settings.test} test scenes x {settings.views} views, profile from "
-        f"{settings.calibration} other scenes, blocks {settings.block} x {settings.block}, mean ± standard error over scenes; "
+        f"{settings.calibration} other scenes, blocks {settings.block} x {settings.block}, mean ± standard error over "
+        f"scenes; "
         f"hess-plugin {p['hess_plugin']}, torch {p['torch']}, {p['threads']} threads, {p['machine']}. "
         "AUC in points; ATE and point error in units of the mean distance of true points to the first camera."
     )

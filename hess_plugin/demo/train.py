@@ -37,13 +37,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, int | None, st
     for field in fields(TrainConfig):
         name = "--" + field.name.replace("_", "-")
         if field.name == "out":
-            parser.add_argument(
-                name, required=True, help="folder of the checkpoints, the weights and the log"
-            )
+            parser.add_argument(name, required=True, help="folder of the checkpoints, the weights and the log")
         else:
-            parser.add_argument(
-                name, type=type(field.default), default=field.default, help="default: %(default)s"
-            )
+            parser.add_argument(name, type=type(field.default), default=field.default, help="default: %(default)s")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", default="", help=argparse.SUPPRESS)
     values = vars(parser.parse_args(arguments))
@@ -56,9 +52,7 @@ def _launch(config: TrainConfig, arguments: Sequence[str]) -> int:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     meeting = out / f"meeting-{os.getpid()}"
-    environment = (
-        {**os.environ, **_MALLOC, "OMP_NUM_THREADS": "1"} if config.device == "cpu" else dict(os.environ)
-    )
+    environment = {**os.environ, **_MALLOC, "OMP_NUM_THREADS": "1"} if config.device == "cpu" else dict(os.environ)
     command = [
         sys.executable,
         "-m",
@@ -67,9 +61,7 @@ def _launch(config: TrainConfig, arguments: Sequence[str]) -> int:
         "--meeting",
         str(meeting.resolve()),
     ]
-    workers = [
-        subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(config.processes)
-    ]
+    workers = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(config.processes)]
     try:
         while all(worker.poll() is None for worker in workers):
             time.sleep(0.5)
@@ -91,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
     if config.processes > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=config.processes
-        )
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=config.processes)
     Trainer(config, rank).run()
     return 0
 

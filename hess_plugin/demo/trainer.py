@@ -124,9 +124,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Linear warm-up, constant, then linear to zero over the last part of the steps."""
         left = 1 - self.step / self.config.steps
-        return self.config.learning_rate * min(
-            1.0, (self.step + 1) / self.config.warmup, left / self.config.decay
-        )
+        return self.config.learning_rate * min(1.0, (self.step + 1) / self.config.warmup, left / self.config.decay)
 
     @torch.no_grad()
     def average_processes(self) -> None:
@@ -156,9 +154,7 @@ class Trainer:
         model.load_state_dict(self.average)
         rows = "  ".join(f"v{count} {validate(model, self.validation.first(count))}" for count in (4, 8))
         losses = " ".join(f"{name} {value:.3f}" for name, value in self.running.items())
-        self.log.write(
-            f"step {self.step} views {self.views_seen} lr {self.learning_rate():.1e} | {losses} | {rows}"
-        )
+        self.log.write(f"step {self.step} views {self.views_seen} lr {self.learning_rate():.1e} | {losses} | {rows}")
 
     def save(self) -> None:
         """Write this process's state; the step counts as saved once every process has written its own."""
@@ -186,9 +182,7 @@ class Trainer:
         latest = self.out / "latest"
         if not latest.exists():
             return
-        state = torch.load(
-            self._state_path(int(latest.read_text())), map_location=self.device, weights_only=True
-        )
+        state = torch.load(self._state_path(int(latest.read_text())), map_location=self.device, weights_only=True)
         self.step, self.average, self.running = state["step"], state["average"], state["running"]
         self.trained.load_state_dict(state["trained"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -44,9 +44,7 @@ def pointmap_error(prediction: Prediction, scene: Scene, similarity: Similarity)
     """
     pairs = corresponding_points(prediction, scene, confident_only=False)
     if pairs is None or not len(pairs[0]):
-        raise CalibrationError(
-            f"Scene {scene.name} has no depth to compare a pointmap with; use a scene with depth."
-        )
+        raise CalibrationError(f"Scene {scene.name} has no depth to compare a pointmap with; use a scene with depth.")
     predicted, true = pairs
     return float((similarity.apply(predicted.double()) - true.double()).norm(dim=-1).mean())
 

@@ -77,27 +77,31 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """A mean over scenes and its standard error (NaN for a single scene), by metric."""
+
+    mean: dict[str, float]
+    error: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Summary:
-    """One arm over all scenes: means, their standard errors, and the paired difference to uniform.
+    """One arm over all scenes.
 
     Attributes:
         arm: name of the arm.
         target: sparsity asked for.
         scenes: number of scenes.
-        mean: mean of every metric.
-        error: standard error of every mean over scenes.
-        difference: mean of (this arm - ``uniform`` at the same target) over the same scenes, by metric; empty
-            for dense and uniform themselves.
-        difference_error: standard error of every difference.
+        value: every metric.
+        against: every metric minus that of a baseline, scene by scene: ``dense``, and ``uniform`` at the same
+            target. Pairing takes out how hard each scene is, which is most of the error of `value`.
     """
 
     arm: str
     target: float
     scenes: int
-    mean: dict[str, float]
-    error: dict[str, float]
-    difference: dict[str, float]
-    difference_error: dict[str, float]
+    value: Statistic
+    against: dict[str, Statistic]
 
 
 def compare(
@@ -186,32 +190,31 @@ def _measure(scene: Scene, arm: Arm, prediction: Prediction, sparsity: float, se
 
 
 def summarise(rows: Sequence[Measurement]) -> list[Summary]:
-    """Average every arm over its scenes and compare it with uniform at the same target, scene by scene."""
+    """Average every arm over its scenes and compare it, scene by scene, with dense and with uniform."""
     groups: dict[tuple[str, float], dict[str, Measurement]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.target), {})[row.scene] = row
     summaries = []
     for (arm, target), by_scene in groups.items():
-        mean, error = _means([[getattr(row, m) for row in by_scene.values()] for m in METRICS])
-        difference: dict[str, float] = {}
-        difference_error: dict[str, float] = {}
-        baseline = groups.get(("uniform", target))
-        if baseline is not None and arm != "uniform":
-            pairs = [(row, baseline[scene]) for scene, row in by_scene.items() if scene in baseline]
-            columns = [[getattr(row, m) - getattr(base, m) for row, base in pairs] for m in METRICS]
-            difference, difference_error = _means(columns)
-        summaries.append(Summary(arm, target, len(by_scene), mean, error, difference, difference_error))
+        against = {}
+        for name, key in (("dense", ("dense", 0.0)), ("uniform", ("uniform", target))):
+            if key in groups and key != (arm, target):
+                against[name] = _differences(by_scene, groups[key])
+        value = _statistic([[getattr(row, m) for row in by_scene.values()] for m in METRICS])
+        summaries.append(Summary(arm, target, len(by_scene), value, against))
     return summaries
 
 
-def _means(columns: list[list[float]]) -> tuple[dict[str, float], dict[str, float]]:
+def _differences(by_scene: dict[str, Measurement], baseline: dict[str, Measurement]) -> Statistic:
+    pairs = [(row, baseline[scene]) for scene, row in by_scene.items() if scene in baseline]
+    return _statistic([[getattr(row, m) - getattr(base, m) for row, base in pairs] for m in METRICS])
+
+
+def _statistic(columns: list[list[float]]) -> Statistic:
     """Mean and standard error of each metric's column."""
     mean = {m: statistics.fmean(c) for m, c in zip(METRICS, columns, strict=True)}
-    error = {
-        m: statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan
-        for m, c in zip(METRICS, columns, strict=True)
-    }
-    return mean, error
+    spread = [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan for c in columns]
+    return Statistic(mean, dict(zip(METRICS, spread, strict=True)))
 
 
 def write_csv(path: str | Path, rows: Sequence[Measurement], provenance: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,31 +44,37 @@ def head_sensitivity_map(profile: Profile, path: str | Path, camera_weight: floa
 
 
 def trade_off(summaries: Sequence[Summary], path: str | Path, caption: str = "") -> None:
-    """Draw accuracy against measured sparsity, one line for each arm, bars of one standard error (HeSS, fig. 6)."""
-    panels = (("auc30", "camera AUC@30 (higher is better)"), ("point_error", "point error (lower is better)"))
-    figure = _figure(10, 4)
+    """Draw accuracy against measured sparsity, one line for each arm (the picture of HeSS, fig. 6).
+
+    Bars are one standard error of the paired difference to dense: what sparsity did to the same scenes.
+    """
+    panels = (("auc30", 100.0, "camera AUC@30, points (higher is better)"), ("point_error", 1.0, "point error (lower)"))
+    figure = _figure(10, 4.6)
     axes = figure.subplots(1, len(panels))
-    dense = next((s for s in summaries if s.target == 0.0), None)
-    for axis, (metric, label) in zip(axes, panels, strict=True):
+    dense = next((s for s in summaries if s.arm == "dense"), None)
+    for axis, (metric, factor, label) in zip(axes, panels, strict=True):
         for arm in dict.fromkeys(s.arm for s in summaries if s.target > 0.0):
             points = sorted((s for s in summaries if s.arm == arm), key=lambda s: s.target)
+            bars = [s.against.get("dense", s.value).error[metric] * factor for s in points]
             axis.errorbar(
-                [s.mean["sparsity"] for s in points],
-                [s.mean[metric] for s in points],
-                yerr=[s.error[metric] for s in points],
+                [s.value.mean["sparsity"] for s in points],
+                [s.value.mean[metric] * factor for s in points],
+                yerr=bars,
                 label=arm,
                 color=_COLOURS.get(arm),
                 marker="o",
                 capsize=3,
             )
         if dense is not None:
-            axis.axhline(dense.mean[metric], color=_COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
+            axis.axhline(
+                dense.value.mean[metric] * factor, color=_COLOURS["dense"], linestyle="--", linewidth=1, label="dense"
+            )
         axis.set_xlabel("measured sparsity (dropped share of patch-block pairs)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    if caption:
-        figure.suptitle(caption, fontsize=9)
+    text = f"{caption} Bars: one standard error of the paired difference to dense.".strip()
+    figure.suptitle(textwrap.fill(text, 150), fontsize=8)
     _save(figure, path)
 
 

@@ -32,11 +32,13 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
     for s in sorted(summaries, key=lambda s: s.target):
         cells = [s.arm, f"{s.target:g}"]
         for metric, _, factor, decimals in _COLUMNS:
-            cells.append(_with_error(s.mean[metric] * factor, s.error[metric] * factor, decimals))
-        if s.difference:
-            cells.append(_with_error(100 * s.difference["auc30"], 100 * s.difference_error["auc30"], 1, signed=True))
-        else:
-            cells.append("")
+            cells.append(_with_error(s.value.mean[metric] * factor, s.value.error[metric] * factor, decimals))
+        uniform = s.against.get("uniform")
+        cells.append(
+            ""
+            if uniform is None
+            else _with_error(100 * uniform.mean["auc30"], 100 * uniform.error["auc30"], 1, signed=True)
+        )
         rows.append(cells)
     widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
     lines = []
@@ -57,7 +59,8 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
     weight = profile.camera_weight if camera_weight is None else camera_weight
     heads = profile.num_heads
     flat = sorted(
-        ((scores[layer, head].item(), layer, head) for layer in range(len(scores)) for head in range(heads)), reverse=True
+        ((scores[layer, head].item(), layer, head) for layer in range(len(scores)) for head in range(heads)),
+        reverse=True,
     )
     effective = (-(scores * scores.clamp(min=1e-300).log()).sum(1)).exp()
     lines = [
@@ -70,7 +73,8 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"{key}: {text}")
     lines.append(
-        f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} of {heads}"
+        f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} "
+        f"of {heads}"
     )
     for title, chosen in (("most sensitive", flat[:count]), ("least sensitive", flat[: -count - 1 : -1])):
         lines.append(f"{title} heads (share of the layer's score; {1 / heads:.4f} is average):")

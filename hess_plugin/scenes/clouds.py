@@ -11,6 +11,13 @@ from torch import Tensor
 
 from hess_plugin.exceptions import MissingDependency, SceneError
 
+_BYTES = {
+    **dict.fromkeys(("char", "uchar", "int8", "uint8"), 1),
+    **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
+    **dict.fromkeys(("int", "uint", "float", "int32", "uint32", "float32"), 4),
+    **dict.fromkeys(("double", "float64"), 8),
+}
+
 
 def read_cloud(path: Path) -> Tensor:
     """The vertices of a ply file as `[M, 3]` float32.
@@ -19,14 +26,13 @@ def read_cloud(path: Path) -> Tensor:
         SceneError: when the file is not a ply or holds fewer vertices than its header says.
         MissingDependency: when Open3D is not installed.
     """
-    expected = _vertices_in_header(path)
+    expected = _vertices(path)
     open3d = import_open3d("Reading a point cloud")
-    # Open3D prints a warning and returns what it has when a file is cut short: count for ourselves.
     with open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error):
         cloud = open3d.io.read_point_cloud(str(path), format="ply")
     points = np.asarray(cloud.points)
     if len(points) != expected:
-        raise SceneError(f"Cloud file {path} holds {len(points)} of {expected} points; copy it again.")
+        raise SceneError(f"Cloud file {path} gives {len(points)} of {expected} points; write it again.")
     return torch.from_numpy(points.astype(np.float32))
 
 
@@ -50,13 +56,26 @@ def import_open3d(step: str) -> Any:
     return open3d
 
 
-def _vertices_in_header(path: Path) -> int:
-    with path.open("rb") as file:
-        head = file.read(65536)
-    if not head.startswith(b"ply") or b"end_header" not in head:
+def _vertices(path: Path) -> int:
+    """Number of vertices, from the header.
+
+    Open3D fills the vertices that a file cut short lacks with whatever memory holds: the length is checked here.
+    """
+    data = path.read_bytes()
+    head, end, body = data.partition(b"end_header\n")
+    if not head.startswith(b"ply") or not end:
         raise SceneError(f"Cloud file {path} is not a ply file; write it again or remove it.")
-    for line in head.split(b"end_header")[0].splitlines():
-        words = line.split()
-        if words[:2] == [b"element", b"vertex"] and len(words) == 3 and words[2].isdigit():
-            return int(words[2])
-    raise SceneError(f"Cloud file {path} has no vertices in its header; write it again or remove it.")
+    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
+    starts = [i for i, words in enumerate(lines) if words[:1] == ["element"]]
+    if not starts or lines[starts[0]][1:2] != ["vertex"] or not lines[starts[0]][-1].isdigit():
+        raise SceneError(f"Cloud file {path} does not begin with its vertices; write it again or remove it.")
+    count = int(lines[starts[0]][-1])
+    stop = starts[1] if len(starts) > 1 else len(lines)
+    types = [words[1] for words in lines[starts[0] + 1 : stop] if words[:1] == ["property"]]
+    if ["format", "ascii", "1.0"] in lines:
+        held = body.count(b"\n")
+    else:
+        held = len(body) // max(1, sum(_BYTES.get(kind, 0) for kind in types))
+    if held < count:
+        raise SceneError(f"Cloud file {path} holds {held} of {count} points; copy it again.")
+    return count

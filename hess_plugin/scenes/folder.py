@@ -113,9 +113,7 @@ def _read_images(path: Path, frames: list[dict[str, Any]]) -> Tensor:
     return torch.stack(images)
 
 
-def _read_depths(
-    path: Path, frames: list[dict[str, Any]], unit: object, size: tuple[int, ...]
-) -> Tensor | None:
+def _read_depths(path: Path, frames: list[dict[str, Any]], unit: object, size: tuple[int, ...]) -> Tensor | None:
     if all(frame.get("depth") is None for frame in frames):
         return None
     if isinstance(unit, bool) or not isinstance(unit, int | float) or not 0 < unit < math.inf:

@@ -14,18 +14,17 @@ from hess_plugin.exceptions import MissingDependency, SceneError
 
 def read_image(path: Path) -> Tensor:
     """An image file as `[3, H, W]` float32 RGB in [0, 1]; SceneError when it is missing or damaged."""
-    with _opened(path) as image:
-        pixels = np.array(image.convert("RGB"))
+    pixels = np.array(_opened(path).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
 
 
 def read_depth(path: Path, unit: float) -> Tensor:
     """A 16-bit depth file as `[H, W]` float32, its values times `unit`; 0 stays 0, "not known"."""
-    with _opened(path) as image:
-        # Pillow names 16-bit grey "I;16" (or "I;16B"); older versions widen 16-bit PNG to "I".
-        if not image.mode.startswith("I"):
-            raise SceneError(f"Depth file {path} has pixels of mode {image.mode}, 16-bit grey was wanted.")
-        pixels = np.array(image).astype(np.int64)
+    image = _opened(path)
+    # Pillow names 16-bit grey "I;16" (or "I;16B"); older versions widen 16-bit PNG to "I".
+    if not image.mode.startswith("I"):
+        raise SceneError(f"Depth file {path} has pixels of mode {image.mode}, 16-bit grey was wanted.")
+    pixels = np.array(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise SceneError(f"Depth file {path} has values outside 0 ... 65535, 16-bit grey was wanted.")
     return torch.from_numpy(pixels).to(torch.float64).mul(unit).to(torch.float32)
@@ -45,16 +44,16 @@ def write_depth(path: Path, depth: Tensor, unit: float) -> None:
 
 
 def _opened(path: Path) -> Any:
-    """The decoded image of a file as a Pillow object."""
+    """The decoded image of a file as a Pillow object, the file closed again."""
     pillow = _pillow()
     if not path.is_file():
         raise SceneError(f"Image file {path} does not exist; restore it or take its frame out of the scene.")
     try:
-        image = pillow.open(path)
-        image.load()
+        with pillow.open(path) as image:
+            image.load()
+            return image
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for broken PNG chunks
         raise SceneError(f"Image file {path} cannot be decoded ({error}); copy it again.") from error
-    return image
 
 
 def _pillow() -> Any:

@@ -60,9 +60,7 @@ class LazyScenes(Sequence[Scene]):
         return self._format.read(self._sources[index], max_views=self._views, seed=self._seed)
 
 
-def read_scenes(
-    spec: str, *, scenes: int | None = None, views: int | None = None, seed: int = 0
-) -> LazyScenes:
+def read_scenes(spec: str, *, scenes: int | None = None, views: int | None = None, seed: int = 0) -> LazyScenes:
     """The scenes that `spec` names, loaded lazily.
 
     Args:

@@ -152,9 +152,9 @@ class Scene:
             raise SceneError(f"Scene {self.name} cannot be resized to {height}x{width}: give sides >= 1.")
         if (height, width) == (self.height, self.width):
             return self
-        images = interpolate(
-            self.images, (height, width), mode="bilinear", align_corners=False, antialias=True
-        ).clamp(0, 1)
+        images = interpolate(self.images, (height, width), mode="bilinear", align_corners=False, antialias=True).clamp(
+            0, 1
+        )
         depth = self.depth
         if depth is not None:
             depth = interpolate(depth[:, None], (height, width), mode="nearest-exact")[:, 0]

@@ -53,9 +53,7 @@ def head_weights(scores: Tensor, allocation: str, seed: int = 0) -> Tensor:
         raise SparsityError(f"There is no allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}.")
     scores = scores.to(torch.float64)
     if not bool((torch.isfinite(scores) & (scores >= 0)).all()):
-        raise SparsityError(
-            f"Scores of heads must be finite and >= 0; got {scores.tolist()}. Calibrate again."
-        )
+        raise SparsityError(f"Scores of heads must be finite and >= 0; got {scores.tolist()}. Calibrate again.")
     if allocation == "equal":
         return torch.ones_like(scores)
     if allocation == "reverse":

@@ -74,9 +74,7 @@ def streamed_uniform_counts(
         SparsityError: the shapes do not fit, both rules are None, or a number is out of range.
     """
     check_rule(sparse_ratio, cdf_threshold, minimum)
-    return pooled_uniform_counts(
-        pool(q, k, block_q, block_k, scale=scale), sparse_ratio, cdf_threshold, minimum
-    )
+    return pooled_uniform_counts(pool(q, k, block_q, block_k, scale=scale), sparse_ratio, cdf_threshold, minimum)
 
 
 @torch.no_grad()

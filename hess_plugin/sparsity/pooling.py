@@ -88,7 +88,15 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pool(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | None = None) -> PooledTokens:
+def pool(
+    q: Tensor,
+    k: Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    scale: float | None = None,
+    chunk_entries: int = CHUNK_ENTRIES,
+) -> PooledTokens:
     """Pool patch queries and keys `[B, H, N, d]` (after the layer's own norm and RoPE) by blocks.
 
     No gradient flows: which blocks are kept is a constant of the computation.
@@ -99,6 +107,7 @@ def pool(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | Non
         block_q: queries of a block.
         block_k: keys of a block.
         scale: factor on q . k; None is d ** -0.5.
+        chunk_entries: entries of the block map to hold at once.
 
     Raises:
         SparsityError: the shapes do not fit, or a block is below one token.
@@ -107,7 +116,8 @@ def pool(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | Non
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pooled_q = pool_tokens(q, block_q).flatten(0, 1) * scale
     pooled_k = pool_tokens(k, block_k).flatten(0, 1)
-    return PooledTokens(pooled_q, pooled_k, q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_q, block_k)
+    batch, heads, query_tokens, _ = q.shape
+    return PooledTokens(pooled_q, pooled_k, batch, heads, query_tokens, k.shape[2], block_q, block_k, chunk_entries)
 
 
 def block_map(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | None = None) -> Tensor:

@@ -157,6 +157,4 @@ def _check_amounts(pooled: PooledTokens, counts: Tensor | None, budgets: Tensor 
     if tuple(given.shape) != wanted or given.dtype != torch.int64:
         raise SparsityError(f"{name} must be int64 {list(wanted)}; got {given.dtype} {list(given.shape)}.")
     if given.device != pooled.q.device:
-        raise SparsityError(
-            f"{name} must be on the device of q, {pooled.q.device}; they are on {given.device}."
-        )
+        raise SparsityError(f"{name} must be on the device of q, {pooled.q.device}; they are on {given.device}.")

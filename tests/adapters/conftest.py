@@ -125,7 +125,9 @@ def upstream_cases() -> list[object]:
     for model, (package, variable, _) in BUILDERS.items():
         found = checkouts(package, variable)
         for checkout in found:
-            cases.append(pytest.param((model, checkout), id=f"{model}-{Path(checkout).name}", marks=pytest.mark.upstream))
+            cases.append(
+                pytest.param((model, checkout), id=f"{model}-{Path(checkout).name}", marks=pytest.mark.upstream)
+            )
         if not found:
             reason = f"no upstream code for {model}: `{package}` is not importable and {variable} names no checkout"
             marks = [pytest.mark.upstream, pytest.mark.skip(reason=reason)]

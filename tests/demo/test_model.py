@@ -31,9 +31,7 @@ def test_output_shapes(model: TinyVGGT, views: int, batch: int) -> None:
     assert out["world_points"].shape == (batch, views, 30, 30, 3)
     assert out["depth_conf"].shape == out["world_points_conf"].shape == (batch, views, 30, 30)
     assert out["images"].shape == (batch, views, 3, 60, 60)
-    assert (
-        (out["depth"] > 0).all() and (out["depth_conf"] >= 1).all() and (out["world_points_conf"] >= 1).all()
-    )
+    assert (out["depth"] > 0).all() and (out["depth_conf"] >= 1).all() and (out["world_points_conf"] >= 1).all()
 
 
 def test_unbatched_images_and_other_sizes(model: TinyVGGT) -> None:
@@ -54,9 +52,7 @@ def test_order_of_later_views_does_not_matter(model: TinyVGGT) -> None:
     images, order = torch.rand(4, 3, 60, 60), torch.tensor([0, 3, 1, 2])
     with torch.no_grad():
         plain, permuted = model(images), model(images[order])
-    torch.testing.assert_close(
-        plain["world_points"][:, order], permuted["world_points"], atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(plain["world_points"][:, order], permuted["world_points"], atol=1e-5, rtol=1e-4)
 
 
 def test_patch_tokens_read_their_patch_and_a_rim(model: TinyVGGT) -> None:
@@ -107,9 +103,7 @@ def test_structure_is_upstreams(model: TinyVGGT) -> None:
 def test_positions_mark_special_tokens_and_frames(model: TinyVGGT) -> None:
     seen: list[torch.Tensor] = []
     attention = model.aggregator.global_blocks[0].attn
-    handle = attention.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["pos"]), with_kwargs=True
-    )
+    handle = attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pos"]), with_kwargs=True)
     model(torch.rand(3, 3, 40, 60))
     handle.remove()
     special = (seen[0][0] == 0).all(-1).reshape(3, -1)

@@ -71,9 +71,7 @@ def test_targets_agree_with_each_other() -> None:
     batch = make_batch([render_room(1, 3), render_room(2, 3)])
     rotation, translation = quaternion_to_matrix(batch.pose_enc[..., 3:7]), batch.pose_enc[..., :3]
     assert batch.points.shape == (2, 3, 30, 30, 3)
-    torch.testing.assert_close(
-        batch.pose_enc[:, 0, :7], torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(batch.pose_enc[:, 0, :7], torch.tensor([[0.0, 0, 0, 0, 0, 0, 1]] * 2), atol=1e-5, rtol=0)
     assert batch.points.norm(dim=-1).mean(dim=(1, 2, 3)).sub(1).abs().max() < 0.02
     local = torch.einsum("bsij,bshwj->bshwi", rotation, batch.points) + translation[:, :, None, None]
     torch.testing.assert_close(local[..., 2], batch.depth, atol=2e-3, rtol=0)
