@@ -148,6 +148,10 @@ def patch(
         raise PatchError(
             f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE."
         )
+    if profile is None and camera_weight is not None:
+        raise PatchError(
+            f"camera_weight={camera_weight} weighs a profile's errors and none was given; pass profile=FILE."
+        )
     if is_patched(model):
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
     chosen = resolve_adapter(model, adapter, manager)

@@ -124,7 +124,7 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, k, v = ctx.saved_tensors
-        total = k.dtype  # a key's gradient sums over many rows
+        total = torch.promote_types(k.dtype, torch.float32)  # a key's gradient sums over many rows
         grad_rows = torch.zeros_like(rows)
         grad_k, grad_v = torch.zeros_like(k, dtype=total), torch.zeros_like(v, dtype=total)
         for some, tokens in ctx.plan.chunks():

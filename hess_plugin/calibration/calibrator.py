@@ -116,7 +116,8 @@ def _measure_all(
     """Measure every scene that the record does not hold yet; return all scene names in order."""
     names: list[str] = []
     total = len(scenes) if isinstance(scenes, Sized) else 0
-    with only_sites_require_grad(model, sites) as weights:
+    # A caller under inference_mode gets its gradients all the same.
+    with torch.inference_mode(False), only_sites_require_grad(model, sites) as weights:
         for name, load in _named(scenes):
             if name in names:
                 raise CalibrationError(f"two scenes are called {name!r}; give every scene its own name.")
@@ -167,13 +168,11 @@ def _measure(
     device = weights[0].device
     forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), forward:
+        with torch.enable_grad(), forward:
             errors = adapter.compute_errors(model, scene.normalised().to(device))
         present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
         if not present:
-            raise CalibrationError(
-                f"scene {name} has neither a camera nor a point error; give it views or depth."
-            )
+            raise CalibrationError(f"scene {name} has neither a camera nor a point error; give it views or depth.")
         missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
         traces: dict[str, Tensor] = {f"{kind}.{letter}": missing for kind in ERROR_NAMES for letter in PROJECTIONS}
         for index, (kind, error) in enumerate(present):

@@ -26,6 +26,7 @@ class Record:
         settings: everything the traces depend on; another calibration's record is refused by it.
         started: ISO date of the first scene, kept over restarts.
         traces: by scene, by ``"<error>.<projection>"``: float64 ``[L, H]``.
+        facts: by scene, how it was measured (scale, alignment, errors), JSON types only.
         skipped: reason by scene, for scenes that gave no usable error.
     """
 
@@ -33,6 +34,7 @@ class Record:
     settings: dict[str, Any]
     started: str
     traces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -50,7 +52,7 @@ class Record:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_METADATA_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            record.started, record.skipped = header["started"], header["skipped"]
+            record.started, record.facts, record.skipped = (header[k] for k in ("started", "facts", "skipped"))
             for index, scene in enumerate(header["scenes"]):
                 prefix = f"{index}."
                 record.traces[scene] = {
@@ -71,9 +73,9 @@ class Record:
         """Whether a scene was measured or skipped already."""
         return scene in self.traces or scene in self.skipped
 
-    def add(self, scene: str, traces: dict[str, Tensor]) -> None:
-        """Note one scene's traces and write the file."""
-        self.traces[scene] = traces
+    def add(self, scene: str, traces: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Note one scene's traces and how they were measured, and write the file."""
+        self.traces[scene], self.facts[scene] = traces, facts
         self._write()
 
     def skip(self, scene: str, reason: str) -> None:
@@ -91,5 +93,11 @@ class Record:
             return
         scenes = list(self.traces)
         tensors = {f"{i}.{name}": t for i, scene in enumerate(scenes) for name, t in self.traces[scene].items()}
-        header = {"settings": self.settings, "started": self.started, "scenes": scenes, "skipped": self.skipped}
+        header = {
+            "settings": self.settings,
+            "started": self.started,
+            "scenes": scenes,
+            "facts": self.facts,
+            "skipped": self.skipped,
+        }
         write_bytes(self.path, safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(header)}))

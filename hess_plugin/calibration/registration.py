@@ -26,7 +26,7 @@ ICP_VOXEL = 0.02
 ICP_ITERATIONS = 30
 COARSE_VOXEL = 0.05
 COARSE_ITERATIONS = 100_000
-COARSE_FITNESS = 0.1  # a registration that explains less of the source than this is a guess
+COARSE_FITNESS = 0.5  # a registration that explains less of the source than this is a guess
 COARSE_SCALE = 2.5  # and so is one that shrinks the source into a dense spot of the target, where anything fits
 MAX_POINTS = 300_000
 _lock = threading.Lock()
@@ -143,8 +143,8 @@ def coarse(source: Tensor, source_unit: float, target: Tensor, unit: float, *, s
     if found.fitness < COARSE_FITNESS or not 1 / COARSE_SCALE < float(in_units.scale) < COARSE_SCALE:
         raise CalibrationError(
             f"The predicted and the true cloud do not match: registration explains {found.fitness:.0%} of the "
-            f"predicted points at {float(in_units.scale):.2g} times the expected size; give the scene depth, or 3 views "
-            "that are not on a line."
+            f"predicted points at {float(in_units.scale):.2g} times the expected size; give the scene depth, or "
+            "3 views that are not on a line."
         )
     scale = in_units.scale * unit / source_unit
     similarity = Similarity(scale, in_units.rotation, in_units.translation * unit)

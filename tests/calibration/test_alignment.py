@@ -111,7 +111,7 @@ def test_points_that_fix_nothing_are_refused(source: Tensor, target: Tensor, sen
 
 
 def test_keep_is_a_share() -> None:
-    with pytest.raises(CalibrationError, match="keep=1.5 is not a share"):
+    with pytest.raises(CalibrationError, match=r"keep=1\.5 is not a share"):
         trimmed_umeyama(cloud(0), cloud(0), keep=1.5)
 
 
