@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,6 +226,8 @@ def _load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
+    # Upstream VGGT calls a deprecated name in every forward; nothing the user can do about it.
+    warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast", category=FutureWarning)
     return load_model(name, weights, device=chosen, dtype=getattr(torch, options["dtype"]))
 
 

@@ -95,7 +95,12 @@ def calibrate(
         traces=_stack(record, names),
         camera_weight=weight,
         fingerprint=fingerprint,
-        metadata={**provenance, "created": record.started, "skipped": skipped},
+        metadata={
+            **provenance,
+            "created": record.started,
+            "measured": {name: record.facts[name] for name in names if name in record.facts},
+            "skipped": skipped,
+        },
     )
     profile.scores()  # fails now, with nothing written, rather than when the profile is first used
     if output is not None:
@@ -168,8 +173,9 @@ def _measure(
     device = weights[0].device
     forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     try:
+        scene = scene.normalised().to(device)
         with torch.enable_grad(), forward:
-            errors = adapter.compute_errors(model, scene.normalised().to(device))
+            errors = adapter.compute_errors(model, scene)
         present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
         if not present:
             raise CalibrationError(f"scene {name} has neither a camera nor a point error; give it views or depth.")
@@ -181,7 +187,11 @@ def _measure(
     except (CalibrationError, SceneError) as error:
         record.skip(name, str(error))
     else:
-        record.add(name, traces)
+        facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
+        facts |= {f"{kind}_error": error.item() for kind, error in present}
+        if errors.alignment is not None:
+            facts |= {"alignment": errors.alignment.method, "inliers": errors.inliers}
+        record.add(name, traces, facts)
 
 
 def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:

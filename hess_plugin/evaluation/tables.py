@@ -69,9 +69,11 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
         f"weights fingerprint {profile.fingerprint}",
     ]
     for key, value in sorted(profile.metadata.items()):
-        if value not in (None, "", {}, []):
+        if key != "measured" and value not in (None, "", {}, []):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"{key}: {text}")
+    for name, facts in profile.metadata.get("measured", {}).items():
+        lines.append(f"scene {name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()))
     lines.append(
         f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} "
         f"of {heads}"
@@ -80,3 +82,7 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
         lines.append(f"{title} heads (share of the layer's score; {1 / heads:.4f} is average):")
         lines += [f"  {profile.sites[layer]} head {head}: {score:.4f}" for score, layer, head in chosen]
     return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
