@@ -86,6 +86,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the model family's by default."
 )
 @click.option(
+    "--eps", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True, help="Inlier distance."
+)
+@click.option(
     "--autocast",
     type=click.Choice(["none", "bfloat16"]),
     default="none",
@@ -115,6 +118,7 @@ def calibrate(output: Path, model: str, weights: str | None, data: str, **option
             FittedScenes(found, multiple, options["resolution"]),
             output=output,
             camera_weight=options["camera_weight"],
+            eps=options["eps"],
             autocast=torch.bfloat16 if options["autocast"] == "bfloat16" else None,
             metadata={
                 "model": model,

@@ -29,7 +29,7 @@ class Family:
     """
 
     camera_weight: float = 0.5
-    image_multiple: int = 14
+    image_multiple: int = 1
     source: str = ""
 
 
@@ -99,13 +99,13 @@ class Adapter:
             )
         return self._required("hess_predict", model=model, images=images)
 
-    def compute_errors(self, model: nn.Module, scene: Scene) -> Errors:
+    def compute_errors(self, model: nn.Module, scene: Scene, eps: float) -> Errors:
         """Return the differentiable errors of one scene: the adapter's own, else those of its prediction."""
-        errors = self.call("hess_compute_errors", model=model, scene=scene)
+        errors = self.call("hess_compute_errors", model=model, scene=scene, eps=eps)
         if errors is None:
             from .calibration.errors import scene_errors
 
-            errors = scene_errors(self.predict(model, scene.images), scene)
+            errors = scene_errors(self.predict(model, scene.images), scene, eps=eps)
         return errors
 
     def replace_attention(self, site: Site, attend: Callable[..., Tensor]) -> Replacement:

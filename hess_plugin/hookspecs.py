@@ -79,11 +79,12 @@ def hess_predict(model: nn.Module, images: Tensor) -> Prediction | None:
 
 
 @hookspec(firstresult=True)
-def hess_compute_errors(model: nn.Module, scene: Scene) -> Errors | None:
-    """Return the differentiable camera and point error of one scene.
+def hess_compute_errors(model: nn.Module, scene: Scene, eps: float) -> Errors | None:
+    """Return the differentiable camera and point error of one scene. Optional.
 
-    The core answers with the errors of HeSS, eq. 3 and 4, on the result of `hess_predict`; an adapter that
-    needs other errors answers first. Called once a scene while calibrating.
+    Called once a scene while calibrating; the scene is normalised, on the model's device, and `eps` is the
+    inlier distance of the point error in its unit. None means the errors of HeSS, eq. 3 and 4, on the result
+    of `hess_predict`.
     """
 
 

@@ -84,13 +84,27 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
         if name not in known:
             raise UnknownModel(f"no adapter is called {name!r}; known: {', '.join(known)}.")
         return Adapter(name, manager)
-    claims = [n for n in known if Adapter(n, manager).call("hess_claim_model", model=model).count(True)]
+    claims = [n for n in known if _claims(Adapter(n, manager), model)]
     kind = f"{type(model).__name__} ({type(model).__module__})"
     if not claims:
         raise UnknownModel(f"no adapter claims {kind}; known: {', '.join(known)}; write one: {GUIDE}.")
     if len(claims) > 1:
         raise AmbiguousModel(f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME.")
     return Adapter(claims[0], manager)
+
+
+def _claims(adapter: Adapter, model: nn.Module) -> bool:
+    """Ask one adapter; one that fails on a model it does not know must not keep the others from answering."""
+    try:
+        return True in adapter.call("hess_claim_model", model=model)
+    except Exception as error:
+        warnings.warn(
+            f"adapter {adapter.name!r} failed when asked whether it knows {type(model).__name__} "
+            f"({type(error).__name__}: {_one_line(error)}) and was left out; repair its hess_claim_model.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
 
 
 def load_model(

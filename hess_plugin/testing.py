@@ -23,6 +23,8 @@ from .predictions import Prediction
 from .profiles import ERROR_NAMES
 from .scenes.scene import Scene
 
+_ANY_DISTANCE = 1e6  # random weights predict points far from the truth; every point is an inlier
+
 
 @dataclass(frozen=True)
 class Check:
@@ -230,7 +232,7 @@ class _Suite:
     def gradient_everywhere(self) -> str | None:
         sites = self.adapter.sites(self.model)
         with only_sites_require_grad(self.model, sites) as weights:
-            errors = self.adapter.compute_errors(self.model, self.scene)
+            errors = self.adapter.compute_errors(self.model, self.scene, _ANY_DISTANCE)
             found = {name: e for name in ERROR_NAMES if (e := getattr(errors, name)) is not None}
             if not found:
                 return "neither error was computed; give a scene with cameras and depth"
@@ -241,7 +243,12 @@ class _Suite:
 
     def profile_works(self) -> str | None:
         profile = calibrate(
-            self.model, [self.scene], adapter=self.adapter.name, manager=self.adapter.manager, camera_weight=0.5
+            self.model,
+            [self.scene],
+            camera_weight=0.5,
+            eps=_ANY_DISTANCE,
+            adapter=self.adapter.name,
+            manager=self.adapter.manager,
         )
         with patch(self.model, profile=profile, sparsity=self.sparsity, **self.options) as handle:
             self.predict()

@@ -23,6 +23,7 @@ from hess_plugin.profiles import ERROR_NAMES, Profile, weights_fingerprint
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import PROJECTIONS, Site
 
+from .errors import EPS
 from .fisher import head_traces, only_sites_require_grad
 from .record import Record
 
@@ -35,6 +36,7 @@ def calibrate(
     *,
     output: str | Path | None = None,
     camera_weight: float | None = None,
+    eps: float = EPS,
     autocast: torch.dtype | None = None,
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -54,6 +56,7 @@ def calibrate(
         output: write the profile here. While running, ``<output>.partial`` holds the raw traces: a killed
             calibration goes on from there and ends with the same profile.
         camera_weight: lambda of the score recorded in the profile; the model family's by default.
+        eps: inlier distance of the point error, in units of the normalised scene (0.05 in the paper).
         autocast: run the forward under autocast in this type (bfloat16 on a GPU); None for the model's own.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
         progress: called as ``progress(done, total, scene)`` before each scene and once at the end.
@@ -79,13 +82,13 @@ def calibrate(
     family = chosen.family(model)
     weight = family.camera_weight if camera_weight is None else camera_weight
     fingerprint = weights_fingerprint(sites)
-    provenance = {**_provenance(model, autocast), **(metadata or {}), "camera_weight_source": family.source}
+    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "camera_weight_source": family.source}
     record = Record.open(
         None if output is None else Path(f"{output}.partial"),
         {"adapter": chosen.name, "fingerprint": fingerprint, "sites": [site.name for site in sites], **provenance},
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-    names = _measure_all(chosen, model, sites, scenes, record, autocast, progress)
+    names = _measure_all(chosen, model, sites, scenes, record, eps, autocast, progress)
     skipped = {name: record.skipped[name] for name in names if name in record.skipped}
     profile = Profile(
         adapter=chosen.name,
@@ -115,6 +118,7 @@ def _measure_all(
     sites: Sequence[Site],
     scenes: Iterable[Scene],
     record: Record,
+    eps: float,
     autocast: torch.dtype | None,
     progress: Progress | None,
 ) -> list[str]:
@@ -130,7 +134,7 @@ def _measure_all(
                 progress(len(names), total, name)
             names.append(name)
             if not record.done(name):
-                _measure(adapter, model, sites, weights, name, load(), record, autocast)
+                _measure(adapter, model, sites, weights, name, load(), record, eps, autocast)
     if progress is not None:
         progress(len(names), len(names), "")
     if not any(name in record.traces for name in names):
@@ -164,6 +168,7 @@ def _measure(
     name: str,
     scene: Scene,
     record: Record,
+    eps: float,
     autocast: torch.dtype | None,
 ) -> None:
     """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason.
@@ -175,7 +180,7 @@ def _measure(
     try:
         scene = scene.normalised().to(device)
         with torch.enable_grad(), forward:
-            errors = adapter.compute_errors(model, scene)
+            errors = adapter.compute_errors(model, scene, eps)
         present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
         if not present:
             raise CalibrationError(f"scene {name} has neither a camera nor a point error; give it views or depth.")

@@ -24,13 +24,15 @@ def are_collinear(points: Tensor) -> bool:
 
 
 @torch.no_grad()
-def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Similarity:
+def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None, *, unique: bool = True) -> Similarity:
     """The similarity that maps `source` onto `target` with the least (weighted) squared distance.
 
     Args:
         source: `[n, 3]`, any floating dtype and device; no gradient flows.
         target: `[n, 3]`.
         weights: `[n]`, not negative; None = all equal.
+        unique: refuse points that leave the rotation open. The least distance is the same for every rotation that
+            attains it, so a caller who wants only that may pass False.
 
     Returns:
         The similarity in float64 on the CPU. Its rotation is proper: a mirrored target gets the best turn.
@@ -47,7 +49,7 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None) -> Si
         raise CalibrationError("Points to align have values that are not finite; drop them before aligning.")
     kept = slice(None) if weights is None else weights > 0
     for name, points in (("source", x[kept]), ("target", y[kept])):
-        if are_collinear(points):
+        if unique and are_collinear(points):
             raise CalibrationError(
                 f"The {len(points)} {name} points to align lie on a line or in one place; give 3 that do not."
             )
@@ -65,7 +67,8 @@ def _fit(x: Tensor, y: Tensor, weights: Tensor | None) -> Similarity:
     sign = torch.ones(3, dtype=torch.float64)
     sign[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(vt))
     rotation = (u * sign) @ vt
-    scale = (spread * sign).sum() / (share * centred_x * centred_x).sum()
+    variance = (share * centred_x * centred_x).sum()
+    scale = (spread * sign).sum() / variance.clamp(min=torch.finfo(torch.float64).tiny)
     return Similarity(scale, rotation, mean_y - scale * (rotation @ mean_x))
 
 

@@ -79,12 +79,14 @@ def pose_auc(c2w_pred: Tensor, c2w_true: Tensor, thresholds: Sequence[int] = THR
 def absolute_trajectory_error(c2w_pred: Tensor, c2w_true: Tensor) -> float:
     """Root mean square distance of camera centres after the best similarity (Umeyama), in `c2w_true`'s unit.
 
+    Defined for any prediction: centres on one line leave the rotation open, not the distance.
+
     Raises:
-        CalibrationError: when shapes differ, or centres fix no similarity (fewer than three, or on a line).
+        CalibrationError: when shapes differ or a pose is not finite.
     """
     _check(c2w_pred, c2w_true)
     predicted, true = (c2w[:, :3, 3].detach().to("cpu", torch.float64) for c2w in (c2w_pred, c2w_true))
-    difference = umeyama(predicted, true).apply(predicted) - true
+    difference = umeyama(predicted, true, unique=False).apply(predicted) - true
     return float(difference.square().sum(-1).mean().sqrt())
 
 

@@ -14,7 +14,11 @@ from hess_plugin.exceptions import MissingDependency, SceneError
 
 def read_image(path: Path) -> Tensor:
     """An image file as `[3, H, W]` float32 RGB in [0, 1]; SceneError when it is missing or damaged."""
-    pixels = np.array(_opened(path).convert("RGB"))
+    image = _opened(path)
+    # Pillow would clip 16-bit and float pixels to white without a word.
+    if image.mode.startswith(("I", "F")):
+        raise SceneError(f"Image file {path} has pixels of mode {image.mode}, 8-bit RGB was wanted.")
+    pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
 
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hess_plugin.calibration import alignment as module
 from hess_plugin.calibration.alignment import align, corresponding_points, trimmed_umeyama, umeyama
 from hess_plugin.calibration.registration import refine
+from hess_plugin.calibration.umeyama import are_collinear
 from hess_plugin.exceptions import CalibrationError, MissingDependency
 from hess_plugin.geometry import Similarity, quaternion_to_matrix
 from hess_plugin.predictions import Prediction
@@ -42,12 +43,13 @@ def assert_same(found: Similarity, wanted: Similarity, tolerance: float = 1e-9) 
 # Umeyama
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), flat=st.booleans(), count=st.integers(3, 30))
 def test_umeyama_recovers_a_similarity(seed: int, flat: bool, count: int) -> None:
     source = cloud(seed, count)
     if flat:
         source[:, 2] = 0  # rank two: the sign of the third axis is decided by the reflection rule alone
+    assume(not are_collinear(source))
     wanted = similarity(seed + 1)
     assert_same(umeyama(source, wanted.apply(source)), wanted, 1e-6)
 
@@ -59,7 +61,7 @@ def test_umeyama_returns_no_reflection_for_a_mirrored_cloud() -> None:
     assert float(found.scale) > 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_umeyama_is_the_best_similarity(seed: int) -> None:
     source, target = cloud(seed), cloud(seed) + 0.3 * cloud(seed + 1)
@@ -82,7 +84,7 @@ def test_weights_are_repetitions() -> None:
     assert_same(weighted, umeyama(source.repeat_interleave(repeats, 0), target.repeat_interleave(repeats, 0)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_one_trimmed_refit_resists_fifteen_per_cent_of_outliers(seed: int) -> None:
     source, wanted = cloud(seed, 400), similarity(seed + 1)

@@ -48,7 +48,7 @@ def test_angles_agree_with_an_independent_computation(make_poses: Make, perturb:
     assert rotation.shape == (21,) and rotation.dtype == torch.float64
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_relative_errors_ignore_frame_and_unit(
     make_poses: Make, perturb: Make, random_similarity: RandomSimilarity, seed: int
@@ -89,7 +89,7 @@ def test_a_half_turn_is_a_hundred_and_eighty_degrees(make_poses: Make) -> None:
     assert float(relative_pose_errors(turned, true)[0]) == pytest.approx(180)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     errors=st.lists(st.one_of(st.floats(0, 40), st.integers(0, 31).map(float)), min_size=1, max_size=30),
     threshold=st.sampled_from([1, 3, 5, 15, 30]),
@@ -129,7 +129,7 @@ def test_the_trajectory_error_agrees_with_evo(
     assert absolute_trajectory_error(predicted, true) == pytest.approx(wanted, rel=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_the_trajectory_error_ignores_frame_and_unit_of_the_prediction(
     make_poses: Make, perturb: Make, random_similarity: RandomSimilarity, seed: int
@@ -149,8 +149,12 @@ def test_one_view_is_told(make_poses: Make) -> None:
         auc(torch.empty(0), 30)
 
 
-def test_cameras_on_a_line_have_no_trajectory_error(make_poses: Make) -> None:
-    line = make_poses(4)
-    line[:, :3, 3] = torch.arange(4.0)[:, None] * torch.ones(3)
-    with pytest.raises(CalibrationError, match="4 target points to align lie on a line"):
-        absolute_trajectory_error(make_poses(4), line)
+def test_cameras_on_a_line_or_in_one_place_have_a_trajectory_error(make_poses: Make) -> None:
+    true = make_poses(4)
+    true[:, :3, 3] = torch.arange(4.0)[:, None] * torch.ones(3)
+    turned = make_poses(4)
+    turned[:, :3, 3] = torch.arange(4.0)[:, None] * torch.tensor([0.0, -2.0, 0.5]) + 7
+    assert absolute_trajectory_error(turned, true) == pytest.approx(0, abs=1e-6)
+    turned[:, :3, 3] = 7.0
+    spread = (true[:, :3, 3] - true[:, :3, 3].mean(0)).square().sum(-1).mean().sqrt()
+    assert absolute_trajectory_error(turned, true) == pytest.approx(float(spread), rel=1e-6)

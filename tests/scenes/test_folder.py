@@ -134,6 +134,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "image truncated": (cut(IMAGE, 0.5), "000001.png cannot be decoded"),
     "image is text": (lambda f: (f / IMAGE).write_text("hello"), "000001.png cannot be decoded"),
     "image of another size": (picture(IMAGE, np.zeros((10, 16, 3), np.uint8)), "000001.png is 10x16"),
+    "image of 16 bits": (picture(IMAGE, np.zeros((12, 16), dtype=np.uint16)), "mode I;16, 8-bit RGB was wanted"),
     "size in json": (frame("width", 17), "cameras.json says 12x17"),
     "image name missing": (frame("image", None), "image of a frame is None"),
     "depth missing": (lambda f: (f / DEPTH).unlink(), "000001.png does not exist"),

@@ -26,7 +26,7 @@ def cameras(views: int, seed: int) -> tuple[Tensor, Tensor]:
     return intrinsics.repeat(views, 1, 1), c2w
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(first=st.integers(0, 10**6), second=st.integers(0, 10**6))
 def test_a_similarity_behaves_like_its_matrix(first: int, second: int) -> None:
     a, b = random_similarity(first), random_similarity(second + 1)
@@ -74,7 +74,7 @@ def test_invert_rigid_is_the_inverse() -> None:
     torch.testing.assert_close(invert_rigid(c2w), torch.linalg.inv(c2w))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6))
 def test_unprojected_pixels_project_onto_themselves(seed: int) -> None:
     intrinsics, c2w = cameras(2, seed)

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hess_plugin.calibration.errors import scene_errors
 from hess_plugin.calibration.neighbours import CloudIndex
-from hess_plugin.geometry import project
+from hess_plugin.evaluation.clouds import pointmap_error
+from hess_plugin.evaluation.pose import absolute_trajectory_error, pose_auc
+from hess_plugin.geometry import Similarity, project, quaternion_to_matrix, unproject
+from hess_plugin.predictions import Prediction
 from hess_plugin.scenes import read_scenes
 
 
@@ -56,3 +60,32 @@ def test_fitting_a_real_scene_moves_no_point(real_scenes: Path) -> None:
     after, _ = project(point, small.intrinsics, small.c2w)
     ratio = torch.tensor([small.width / scene.width, small.height / scene.height], dtype=torch.float64)
     torch.testing.assert_close(after + 0.5, (before + 0.5) * ratio)
+
+
+def test_a_prediction_in_another_frame_is_aligned_and_measured(real_scenes: Path) -> None:
+    """The true depth and cameras with one per cent of noise, turned, moved and scaled: small errors, twice the same."""
+    turn = quaternion_to_matrix(torch.tensor([0.3, -0.5, 0.2, 0.7], dtype=torch.float64))
+    away = Similarity(torch.tensor(0.4).double(), turn, torch.tensor([3.0, -1.0, 2.0]).double())
+    for scene in read_scenes(f"folder:{real_scenes}", views=4)[2:4]:
+        scene = scene.resized(scene.height // 7, scene.width // 7)
+        unit = scene.unit_length()
+        noise = torch.Generator().manual_seed(0)
+        depth = torch.full((4, scene.height, scene.width), unit) if scene.depth is None else scene.depth
+        points = unproject(depth, scene.intrinsics, scene.c2w)
+        points = points + 0.01 * unit * torch.randn(points.shape, generator=noise)
+        c2w = scene.c2w.clone()
+        c2w[:, :3, 3] += 0.01 * unit * torch.randn(4, 3, generator=noise)
+        sure = (depth > 0).float()
+        prediction = Prediction(away.apply_poses(c2w), away.apply(points).requires_grad_(), sure, 0.5)
+        first, second = scene_errors(prediction, scene), scene_errors(prediction, scene)
+        assert first.camera is not None and first.alignment is not None and second.camera is not None
+        assert first.camera.item() == second.camera.item() < 1e-3
+        assert absolute_trajectory_error(prediction.c2w, scene.c2w) < 0.03 * unit
+        assert 0.2 < pose_auc(prediction.c2w, scene.c2w)[30] < 1
+        if scene.depth is None:
+            assert first.alignment.method == "cameras" and first.points is None
+            continue
+        assert first.points is not None and second.points is not None
+        assert first.points.item() == second.points.item() < 5e-4
+        assert first.alignment.method.startswith("pixels, icp")
+        assert pointmap_error(prediction, scene.normalised(), first.alignment.similarity) < 0.03
