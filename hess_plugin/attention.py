@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hess_plugin_cuda
 
 from . import sparsity
+from .block_order import BLOCK_ORDERS
 from .exceptions import PatchError
 from .interception import SDPA
 from .report import Tally
@@ -43,6 +44,7 @@ class Settings:
         block_k: patch keys in a block.
         minimum: key blocks every row keeps at least.
         seed: of the ``random`` allocation.
+        block_order: order in which the patches of a frame fill blocks, a name of `BLOCK_ORDERS`.
     """
 
     sparsity: float | None
@@ -55,6 +57,7 @@ class Settings:
     block_k: int = 64
     minimum: int = 2
     seed: int = 0
+    block_order: str = "raster"
 
     def __post_init__(self) -> None:
         rule = self.sparse_ratio is not None or self.cdf_threshold is not None
@@ -71,6 +74,8 @@ class Settings:
             raise PatchError(f"cdf_threshold is {self.cdf_threshold}, wanted a number from 0 to 1.")
         if self.allocation not in ALLOCATIONS:
             raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
+        if self.block_order not in BLOCK_ORDERS:
+            raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
         if self.selector not in sparsity.SELECTORS:
             raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
         for name in ("block_q", "block_k", "minimum"):
@@ -222,7 +227,7 @@ class SiteAttention:
             dense = total == heads * rows * columns
             weights = torch.ones(heads, dtype=torch.float64) if self._weights is None else self._weights
             budgets = self._allocate(total, weights, rows, columns)
-        order = layout.patches_first
+        order = self._order(layout)
         return Plan(
             layout=layout,
             rows=rows,
@@ -234,6 +239,17 @@ class SiteAttention:
             order=order.to(device),
             inverse=torch.argsort(order).to(device),
         )
+
+    def _order(self, layout: TokenLayout) -> Tensor:
+        """Token index that puts patches first, in the block order of the settings."""
+        if layout.grid is None and self.settings.block_order != "raster":
+            raise PatchError(
+                f"block_order {self.settings.block_order!r} needs the patch grid and the adapter's token layout of "
+                f"{self.site.name} has none; use block_order='raster'."
+            )
+        if layout.grid is None:
+            return layout.patches_first()
+        return layout.patches_first(BLOCK_ORDERS[self.settings.block_order](*layout.grid, self.settings.block_k))
 
     def _allocate(self, total: int | Tensor, weights: Tensor, rows: int, columns: int) -> Tensor:
         return sparsity.allocate(

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import pluggy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import hess_plugin_cuda
@@ -81,8 +81,10 @@ def patch(
     backend: str = "auto",
     block_q: int = 128,
     block_k: int = 64,
+    block_order: str = "raster",
     minimum: int = 2,
     camera_weight: float | None = None,
+    projection: str = "q",
     seed: int = 0,
     strict: bool = True,
     adapter: str | None = None,
@@ -113,8 +115,10 @@ def patch(
         backend: attention code; ``auto`` chooses, a name must work or raises.
         block_q: patch queries in a block.
         block_k: patch keys in a block.
+        block_order: order in which the patches of a frame fill blocks: ``raster``, ``hilbert`` or ``tiles``.
         minimum: key blocks every row keeps at least.
         camera_weight: lambda of the score, 0 to 1; the profile's by default.
+        projection: whose traces make the score: ``q`` (the method) or the published ablations ``k`` and ``v``.
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
         adapter: take this adapter instead of asking which one claims the model.
@@ -143,6 +147,7 @@ def patch(
         block_k=block_k,
         minimum=minimum,
         seed=seed,
+        block_order=block_order,
     )
     if profile is None and allocation not in ("uniform", "equal"):
         raise PatchError(
@@ -156,7 +161,7 @@ def patch(
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
     chosen = resolve_adapter(model, adapter, manager)
     sites = chosen.sites(model)
-    scores = _scores(profile, sites, camera_weight, strict)
+    scores = _scores(profile, sites, camera_weight, projection, strict)
     backend_name = _resolve_backend(backend, sites[0])
     layouts = Layouts()
     attentions = [
@@ -187,14 +192,16 @@ def unpatch(model: nn.Module) -> int:
     return sum(restore(module) for module in model.modules())
 
 
-def _scores(profile: Profile | str | Path | None, sites: list[Site], weight: float | None, strict: bool) -> Any:
+def _scores(
+    profile: Profile | str | Path | None, sites: list[Site], weight: float | None, projection: str, strict: bool
+) -> Tensor | None:
     """Read a profile, check it against the sites and return its scores ``[L, H]``."""
     if profile is None:
         return None
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
     profile.check(sites, weights_fingerprint(sites) if strict else None)
-    return profile.scores(weight)
+    return profile.scores(weight, projection)
 
 
 def _resolve_backend(backend: str, site: Site) -> str:

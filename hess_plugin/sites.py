@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -128,11 +127,15 @@ class TokenLayout:
         """Special tokens of the whole sequence."""
         return self.tokens - self.patch_tokens
 
-    @cached_property
-    def patches_first(self) -> Tensor:
-        """Token indices ``[tokens]`` int64 on the CPU: every patch in frame and raster order, then every special."""
-        index = torch.arange(self.tokens)
-        within = index % self.tokens_per_frame
-        patch = (within >= self.leading) & (within < self.leading + self.patches)
-        patch &= index < self.frames * self.tokens_per_frame
-        return torch.cat([index[patch], index[~patch]])
+    def patches_first(self, within: Tensor | None = None) -> Tensor:
+        """Token indices ``[tokens]`` int64 on the CPU: every patch, frame by frame, then every special token.
+
+        Args:
+            within: order of the patches inside each frame, a permutation ``[patches]``; raster by default.
+        """
+        within = torch.arange(self.patches) if within is None else within
+        starts = torch.arange(self.frames) * self.tokens_per_frame
+        patches = (starts[:, None] + self.leading + within).flatten()
+        special = torch.ones(self.tokens, dtype=torch.bool)
+        special[patches] = False
+        return torch.cat([patches, special.nonzero()[:, 0]])

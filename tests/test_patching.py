@@ -487,7 +487,7 @@ def test_the_uniform_rule_keeps_what_it_says_on_the_captured_block_map(
         outputs(tiny_model, images)
     # Only the first site's input is the unpatched one.
     q, k = captured(images)[0]
-    order = TokenLayout(3, 28, leading=SPECIALS).patches_first[: 3 * 28]
+    order = TokenLayout(3, 28, leading=SPECIALS).patches_first()[: 3 * 28]
     pooled = block_map(q[:, :, order], k[:, :, order], 8, 8)
     counts = uniform_counts(pooled, ratio, mass, minimum)
     wanted = 1 - counts.double().sum(-1)[0] / (pooled.shape[-1] * pooled.shape[-2])

@@ -44,6 +44,7 @@ class Record:
         Raises:
             CalibrationError: the file is damaged or belongs to a calibration with other settings.
         """
+        settings = json.loads(json.dumps(settings))  # as it is read back; tells now what cannot be written later
         record = cls(path, settings, started)
         if path is None or not path.exists():
             return record
@@ -58,8 +59,8 @@ class Record:
                 record.traces[scene] = {
                     name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
                 }
-            stored = header["settings"]
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+            stored = dict(header["settings"])
+        except (safetensors.SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is damaged ({error}); {hint}.") from error
         for name in sorted(settings | stored):
             if settings.get(name) != stored.get(name):

@@ -51,3 +51,49 @@ def test_upstream_batches_and_bare_aggregator(upstream_model: nn.Module, small_u
             tokens, start = upstream_model.aggregator(images)
         plain, _ = upstream_model.aggregator(images)
         assert start == 5 and torch.equal(tokens[-1], plain[-1])
+
+
+def test_upstream_gradients_survive_checkpointing(upstream_model: nn.Module, small_upstream: tuple[str, str]) -> None:
+    """VGGT recomputes its blocks during backward in train mode, after the forward and its hooks are over."""
+    from hess_plugin import patch
+
+    if small_upstream[0] != "vggt":
+        pytest.skip("only VGGT checkpoints its global blocks")
+    gradients = []
+    images = torch.rand(1, 3, 3, 56, 70)
+    weight = upstream_model.aggregator.global_blocks[0].attn.qkv.weight
+    with patch(upstream_model, sparsity=0.5, block_q=4, block_k=4) as handle:
+        for training in (False, True):
+            upstream_model.train(training)
+            output = upstream_model(images)
+            upstream_model(images[:, :2])  # another shape in between: the recomputation must find its own layout
+            gradients.append(torch.autograd.grad(output["world_points"].square().mean(), weight)[0])
+    upstream_model.eval()
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    first = handle.report().sites[0]
+    assert first.calls == 2 + 2 + 1  # two forwards in each mode, one recomputation
+    assert first.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_upstream_under_autocast_matches_float32(upstream_model: nn.Module, small_upstream: tuple[str, str]) -> None:
+    """VGGT's attention gets float32 q and k beside a bfloat16 v under autocast; the patch casts as SDPA does."""
+    from hess_plugin import patch
+
+    if small_upstream[0] != "vggt":
+        pytest.skip("Pi3 cannot run under CPU autocast: its pose head calls an SVD that has no bfloat16 kernel")
+    images = torch.rand(1, 3, 3, 56, 70)
+    points = {}
+    with torch.no_grad():
+        exact = upstream_model(images)["world_points"]
+        for sparsity in (0.0, 0.5):
+            for cast in (False, True):
+                with (
+                    patch(upstream_model, sparsity=sparsity, block_q=4, block_k=4),
+                    torch.autocast("cpu", enabled=cast),
+                ):
+                    points[sparsity, cast] = upstream_model(images)["world_points"].float()
+    assert torch.equal(points[0.0, False], exact)
+    # The rule for low precision: no worse than twice what bfloat16 costs the dense model.
+    dense_cost = (points[0.0, True] - exact).abs().max()
+    assert (points[0.5, True] - points[0.5, False]).abs().max() <= 2 * dense_cost + 1e-3

@@ -18,10 +18,15 @@ def make(batch: int, heads: int, tokens: int, width: int = 4, seed: int = 0) -> 
     return q * 3, k
 
 
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.integers(1, 20), st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
-def test_pooling_averages_what_a_block_has(batch: int, heads: int, tokens: int, block: int, seed: int) -> None:
-    x, _ = make(batch, heads, tokens, seed=seed)
+@given(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 50), st.integers(1, 20), st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_pooling_averages_what_a_block_has(
+    batch: int, heads: int, tokens: int, block: int, seed: int, dtype: torch.dtype
+) -> None:
+    x = make(batch, heads, tokens, seed=seed)[0].to(dtype)
     pooled = pool_tokens(x, block)
     expected = torch.stack([part.double().mean(2) for part in x.split(block, 2)], 2)
     assert pooled.dtype == torch.float32
