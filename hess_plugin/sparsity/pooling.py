@@ -14,8 +14,9 @@ CHUNK_ENTRIES = 2**20
 """Block-map entries worked on at once. A step holds about 26 bytes for each, so a chunk stays below 30 MB."""
 
 
+@torch.no_grad()
 def pool_tokens(x: Tensor, block: int) -> Tensor:
-    """Average runs of `block` tokens, the last maybe shorter: `[B, H, N, d]` -> float32 `[B, H, T, d]`."""
+    """Average runs of `block` tokens, the last maybe shorter: `[B, H, N, d]` -> float32 `[B, H, T, d]`, no graph."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         # One head at a time through one buffer, which stays in the cache: ten times faster than torch's own mean of a
         # low-precision tensor.

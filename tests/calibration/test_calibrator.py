@@ -42,6 +42,14 @@ class Rooms(Sequence[Scene]):
         return self.scenes[index]
 
 
+@pytest.fixture
+def tiny_model(tiny_model: TinyVGGT) -> TinyVGGT:
+    """The shared model with a camera head that does not answer the same pose for every view."""
+    torch.manual_seed(1)
+    nn.init.normal_(tiny_model.camera_head.pose_branch.weight, std=0.1)
+    return tiny_model
+
+
 @pytest.fixture(scope="module")
 def rooms() -> tuple[Scene, ...]:
     return tuple(make_scene(seed, views=3) for seed in (21, 22, 23))
