@@ -16,12 +16,14 @@ from torch.utils.hooks import RemovableHandle
 import hess_plugin_cuda
 
 from .adapting import Adapter, Replacement
-from .attention import Layouts, Settings, SiteAttention
+from .attention import SiteAttention
 from .exceptions import PatchError
 from .interception import LAYOUT_MARK, is_patched, restore
+from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
 from .report import PatchReport
+from .settings import Settings
 from .sites import Site
 
 DEFAULT_SPARSITY = 0.73
@@ -163,7 +165,7 @@ def patch(
     sites = chosen.sites(model)
     scores = _scores(profile, sites, camera_weight, projection, strict)
     backend_name = _resolve_backend(backend, sites[0])
-    layouts = Layouts()
+    layouts = Layouts(block_order, block_k)
     attentions = [
         SiteAttention(site, settings, None if scores is None else scores[i], layouts, i) for i, site in enumerate(sites)
     ]

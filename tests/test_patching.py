@@ -150,7 +150,7 @@ def test_a_special_key_of_one_frame_reaches_every_patch_output(tiny_model: TinyV
     patches = 36
     layout = TokenLayout(3, patches, leading=SPECIALS)
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(layout)
     attention = SiteAttention(site, Settings(0.9, None, None, "uniform", backend=backend, **BLOCKS), None, layouts, 0)
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +169,7 @@ def test_a_special_key_of_one_frame_reaches_every_patch_output(tiny_model: TinyV
 
 def test_special_queries_attend_to_everything(tiny_model: TinyVGGT) -> None:
     layout = TokenLayout(2, 32, leading=SPECIALS)
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(layout)
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     attention = SiteAttention(site, Settings(0.75, None, None, "uniform", **BLOCKS), None, layouts, 0)
@@ -436,7 +436,7 @@ def test_state_dict_of_a_patched_model_saves_and_loads(tiny_model: TinyVGGT) -> 
 
 def test_autocast_casts_as_plain_attention_does(tiny_model: TinyVGGT) -> None:
     layout = TokenLayout(2, 36, leading=SPECIALS)
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(layout)
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     q, k, v = torch.randn(3, 1, 4, layout.tokens, 8, generator=torch.Generator().manual_seed(1))
@@ -459,7 +459,7 @@ def test_models_of_other_types(tiny_model: TinyVGGT, dtype: torch.dtype) -> None
         assert bool(torch.isfinite(outputs(tiny_model, images)).all())
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     layout = TokenLayout(2, 36, leading=SPECIALS)
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(layout)
     attention = SiteAttention(site, Settings(0.5, None, None, "uniform", **BLOCKS), None, layouts, 0)
     q, k, v = torch.randn(3, 1, 4, layout.tokens, 8, dtype=dtype)
@@ -655,7 +655,7 @@ def test_the_aggregator_alone_announces_its_layout(tiny_model: TinyVGGT) -> None
 def test_attention_calls_that_are_not_plain_are_refused_when_sparse_and_passed_on_when_dense(
     tiny_model: TinyVGGT, options: dict[str, Any], named: str
 ) -> None:
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(TokenLayout(2, 36, leading=SPECIALS))
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     q, k, v = torch.randn(3, 1, 4, 82, 8)
@@ -670,7 +670,7 @@ def test_attention_calls_that_are_not_plain_are_refused_when_sparse_and_passed_o
 
 
 def test_heads_and_keys_that_do_not_fit_are_refused(tiny_model: TinyVGGT) -> None:
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(TokenLayout(2, 36, leading=SPECIALS))
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     attention = SiteAttention(site, Settings(0.5, None, None, "uniform", **BLOCKS), None, layouts, 0)
@@ -683,7 +683,7 @@ def test_heads_and_keys_that_do_not_fit_are_refused(tiny_model: TinyVGGT) -> Non
 
 
 def test_an_explicit_scale_is_honoured(tiny_model: TinyVGGT) -> None:
-    layouts = Layouts()
+    layouts = Layouts("raster", 64)
     layouts.see(TokenLayout(2, 36, leading=SPECIALS))
     site = resolve_adapter(tiny_model).sites(tiny_model)[0]
     q, k, v = torch.randn(3, 1, 4, 82, 8)

@@ -185,7 +185,9 @@ def _measure(
         if not present:
             raise CalibrationError(f"scene {name} has neither a camera nor a point error; give it views or depth.")
         missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
-        traces: dict[str, Tensor] = {f"{kind}.{letter}": missing for kind in ERROR_NAMES for letter in PROJECTIONS}
+        # A copy each: safetensors refuses to write one tensor under several names.
+        names = [f"{kind}.{letter}" for kind in ERROR_NAMES for letter in PROJECTIONS]
+        traces = {key: missing.clone() for key in names}
         for index, (kind, error) in enumerate(present):
             found = head_traces(error, sites, weights, retain_graph=index < len(present) - 1)
             traces |= {f"{kind}.{letter}": trace for letter, trace in found.items()}

@@ -53,20 +53,10 @@ def umeyama(source: Tensor, target: Tensor, weights: Tensor | None = None, *, un
             raise CalibrationError(
                 f"The {len(points)} {name} points to align lie on a line or in one place; give 3 that do not."
             )
-    return best_similarity(x, y, weights)
+    return _fit(x, y, weights)
 
 
-def best_similarity(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Similarity:
-    """Umeyama without its checks: a best similarity also where points on a line leave more than one.
-
-    Args:
-        x: float64 `[n, 3]` on the CPU, finite, n >= 1.
-        y: float64 `[n, 3]`.
-        weights: float64 `[n]`, or None.
-
-    Returns:
-        A similarity of least squared distance; of scale 1 where all of `x` is one point and any scale is as good.
-    """
+def _fit(x: Tensor, y: Tensor, weights: Tensor | None) -> Similarity:
     share = torch.full((len(x), 1), 1.0 / len(x), dtype=torch.float64)
     if weights is not None:
         share = (weights / weights.sum())[:, None]

@@ -228,6 +228,25 @@ def test_open3d_leaves_the_thread_settings_as_they_were(monkeypatch: pytest.Monk
         assert module.refine is refine and __import__("os").environ.get("OMP_NUM_THREADS") == value
 
 
+@pytest.mark.parametrize("threads", [2, 4])
+def test_icp_itself_is_repeatable_to_the_bit_on_many_threads(
+    make_room: MakeRoom, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Enough points and runs that Open3D's own threads do change the last bits: without the guard this fails."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    target = make_room(views=8, height=96, width=128).cloud()
+    assert target is not None
+    source = target.double() + 0.02 * torch.randn(target.shape, generator=torch.Generator().manual_seed(0)) + 0.03
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        steps = [refine(source, target, 3.0)[0] for _ in range(8)]
+    finally:
+        torch.set_num_threads(before)
+    assert len({step.matrix().numpy().tobytes() for step in steps if step is not None}) == 1
+    assert all(step is not None for step in steps)
+
+
 def test_no_gradient_flows_into_the_similarity(make_room: MakeRoom, predict: Predict) -> None:
     prediction, _ = predict(make_room())
     matrix = align(prediction, make_room()).similarity.matrix()
@@ -235,6 +254,21 @@ def test_no_gradient_flows_into_the_similarity(make_room: MakeRoom, predict: Pre
 
 
 # ICP that does not help
+
+
+@pytest.mark.parametrize("unit", [1.0, 40.0])
+def test_icp_finds_a_small_turn_far_from_the_origin(make_room: MakeRoom, unit: float) -> None:
+    room = make_room(views=6, height=48, width=64)
+    cloud_of_room = room.cloud()
+    assert cloud_of_room is not None
+    far = torch.tensor([30.0, -20.0, 10.0], dtype=torch.float64)
+    target = (cloud_of_room.double() / room.unit_length() + far) * unit
+    turn = quaternion_to_matrix(torch.tensor([0.01, -0.015, 0.01, 1.0], dtype=torch.float64))
+    source = (target - target.mean(0)) @ turn.T + target.mean(0) + 0.01 * unit
+    step, what = refine(source, target, unit)
+    assert what == "icp" and step is not None
+    before, after = ((points - target).norm(dim=-1).mean() for points in (source, step.apply(source)))
+    assert float(after) < 0.2 * float(before)
 
 
 def test_icp_without_neighbours_is_skipped() -> None:

@@ -104,9 +104,10 @@ def naive_errors(model: TinyVGGT, scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def test_traces_are_squared_gradients_of_each_head(tiny_model: TinyVGGT, rooms: tuple[Scene, ...]) -> None:
-    profile = run(tiny_model, rooms[:2])
-    assert profile.scenes == tuple(room.name for room in rooms[:2]) and profile.num_heads == 4
-    for scene_index, room in enumerate(rooms[:2]):
+    pairs = [room.subset([0, 1]) for room in rooms[:2]]
+    profile = run(tiny_model, pairs)
+    assert profile.scenes == tuple(room.name for room in pairs) and profile.num_heads == 4
+    for scene_index, room in enumerate(pairs):
         for name, error in zip(("camera", "points"), naive_errors(tiny_model, room), strict=True):
             for layer, block in enumerate(tiny_model.aggregator.global_blocks):
                 (gradient,) = torch.autograd.grad(error, [block.attn.qkv.weight], retain_graph=True)
@@ -136,7 +137,7 @@ def test_a_caller_without_gradients_gets_the_same_traces(
 
 
 def test_the_unit_of_a_scene_does_not_matter(tiny_model: TinyVGGT, rooms: tuple[Scene, ...]) -> None:
-    room = rooms[0]
+    room = rooms[0].subset([0, 1])
     c2w = room.c2w.clone()
     c2w[:, :3, 3] *= 1000.0
     millimetres = replace(room, c2w=c2w, depth=room.depth * 1000.0)
@@ -344,9 +345,7 @@ def damage(path: Path) -> Iterator[bytes]:
         yield safetensors.torch.save({"a": torch.zeros(1)}, metadata={"hess_calibration": header})
 
 
-def test_damaged_partial_files_are_told_and_kept(
-    tiny_model: TinyVGGT, rooms: tuple[Scene, ...], partial: Path
-) -> None:
+def test_damaged_partial_files_are_told_and_kept(tiny_model: TinyVGGT, rooms: tuple[Scene, ...], partial: Path) -> None:
     for content in list(damage(partial)):
         partial.write_bytes(content)
         with pytest.raises(CalibrationError, match=r"a\.hess\.partial is damaged \(.*\); delete .* to start again\."):
@@ -464,9 +463,7 @@ def test_one_view_with_depth_is_enough(tiny_model: TinyVGGT, rooms: tuple[Scene,
     assert torch.isfinite(profile.scores()).all()
 
 
-def test_scenes_without_points_have_a_camera_error_only(
-    tiny_model: TinyVGGT, room: Scene, tmp_path: Path
-) -> None:
+def test_scenes_without_points_have_a_camera_error_only(tiny_model: TinyVGGT, room: Scene, tmp_path: Path) -> None:
     bare = Rooms(replace(room, depth=None))
     output = tmp_path / "a.hess"
     for weight in (0.5, 1.0):  # where no scene has points, the score is the camera's share alone

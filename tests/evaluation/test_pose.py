@@ -158,3 +158,11 @@ def test_cameras_on_a_line_or_in_one_place_have_a_trajectory_error(make_poses: M
     turned[:, :3, 3] = 7.0
     spread = (true[:, :3, 3] - true[:, :3, 3].mean(0)).square().sum(-1).mean().sqrt()
     assert absolute_trajectory_error(turned, true) == pytest.approx(float(spread), rel=1e-6)
+
+
+def test_the_trajectory_error_of_a_line_is_that_of_a_nearby_curve(make_poses: Make, perturb: Make) -> None:
+    true, line = make_poses(5), make_poses(5)
+    line[:, :3, 3] = torch.arange(5.0)[:, None] * torch.tensor([1.0, 2.0, 3.0])
+    for predicted, target in ((line, true), (true, line)):
+        nearby = absolute_trajectory_error(perturb(predicted, 0, 1e-5), perturb(target, 0, 1e-5, 1))
+        assert absolute_trajectory_error(predicted, target) == pytest.approx(nearby, rel=1e-3)

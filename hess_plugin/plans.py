@@ -1,0 +1,145 @@
+"""What is known about a forward before its values: token layouts, and the plan each site makes of one."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import sparsity
+from .block_order import BLOCK_ORDERS
+from .exceptions import PatchError
+from .settings import Settings
+from .sites import TokenLayout
+
+_KEPT_ORDERS = 8
+
+
+class Layouts:
+    """Token layouts seen by the forwards of one patched model, and the token orders made of them for all sites.
+
+    Layouts are found by sequence length, which is what an attention call can know of its forward. A call recomputed
+    by gradient checkpointing runs after its forward has returned, perhaps after another forward of another shape, and
+    still finds its own.
+    """
+
+    def __init__(self, block_order: str, block_k: int) -> None:
+        self._block_order, self._block_k = block_order, block_k
+        self._by_tokens: dict[int, TokenLayout] = {}
+        self._orders: OrderedDict[tuple[TokenLayout, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def see(self, layout: TokenLayout) -> None:
+        """Note the layout of the forward that starts."""
+        self._by_tokens[layout.tokens] = layout
+
+    def of(self, tokens: int, site: str) -> TokenLayout:
+        """Find the layout of a sequence.
+
+        Raises:
+            PatchError: no forward of this length was announced.
+        """
+        layout = self._by_tokens.get(tokens)
+        if layout is None:
+            known = ", ".join(str(n) for n in sorted(self._by_tokens)) or "none"
+            raise PatchError(
+                f"{site} got a sequence of {tokens} tokens, but the model's inputs announced {known}; "
+                "call the model on images (or its adapter's layout module), or check the adapter's hess_token_layout."
+            )
+        return layout
+
+    def order(self, layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token index ``[tokens]`` that puts patches first in block order, and the index that undoes it.
+
+        Raises:
+            PatchError: the block order needs a patch grid and the layout has none.
+        """
+        key = (layout, device)
+        found = self._orders.get(key)
+        if found is None:
+            # Cached tensors must not be born as inference tensors: a later training step could not save them.
+            with torch.inference_mode(False), torch.no_grad():
+                order = layout.patches_first(self._within(layout))
+                found = self._orders[key] = (order.to(device), order.argsort().to(device))
+            if len(self._orders) > _KEPT_ORDERS:  # inputs of ever new shapes must not fill the memory
+                self._orders.popitem(last=False)
+        return found
+
+    def _within(self, layout: TokenLayout) -> Tensor | None:
+        if self._block_order == "raster":
+            return None
+        if layout.grid is None:
+            raise PatchError(
+                f"block_order {self._block_order!r} needs the patch grid, which the adapter's token layout does not "
+                "tell; use block_order='raster'."
+            )
+        return BLOCK_ORDERS[self._block_order](*layout.grid, self._block_k)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one token layout that does not depend on values; made once, from Python integers.
+
+    Attributes:
+        layout: the token layout.
+        rows: patch query blocks T_q.
+        columns: patch key blocks T_k.
+        special_columns: special key blocks, always kept.
+        dense: whether every block is kept.
+        budgets: kept pairs of every head ``[H]`` int64 when the settings alone decide them, else None.
+        kept: sum of `budgets`.
+    """
+
+    layout: TokenLayout
+    rows: int
+    columns: int
+    special_columns: int
+    dense: bool
+    budgets: Tensor | None
+    kept: int
+
+    @property
+    def pairs(self) -> int:
+        """Patch-block pairs of one head."""
+        return self.rows * self.columns
+
+
+def make_plan(
+    layout: TokenLayout, settings: Settings, weights: Tensor | None, heads: int, device: torch.device
+) -> Plan:
+    """Plan one site's attention over a layout.
+
+    Args:
+        layout: the token layout.
+        settings: of the patch.
+        weights: shares of the heads ``[H]``, or None for the rule's own counts.
+        heads: heads H.
+        device: where the budgets are used.
+    """
+    rows = math.ceil(layout.patch_tokens / settings.block_q)
+    columns = math.ceil(layout.patch_tokens / settings.block_k)
+    dense, budgets = settings.keeps_all or columns <= settings.minimum, None
+    if settings.sparsity is not None and not dense:
+        total = sparsity.target_total(settings.sparsity, heads, rows, columns, minimum=settings.minimum)
+        dense = total == heads * rows * columns
+        # See Layouts.order: not an inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            shares = torch.ones(heads, dtype=torch.float64) if weights is None else weights
+            budgets = allocate(total, shares, settings, rows, columns)
+    return Plan(
+        layout=layout,
+        rows=rows,
+        columns=columns,
+        special_columns=math.ceil(layout.special_tokens / settings.block_k),
+        dense=dense,
+        budgets=None if budgets is None else budgets.to(device),
+        kept=0 if budgets is None else int(budgets.sum()),
+    )
+
+
+def allocate(total: int | Tensor, weights: Tensor, settings: Settings, rows: int, columns: int) -> Tensor:
+    """Divide a layer's total among its heads as the settings say: int64 ``[..., H]``."""
+    capped = settings.allocation != "uncapped"
+    return sparsity.allocate(total, weights, rows=rows, columns=columns, minimum=settings.minimum, capped=capped)

@@ -1,0 +1,72 @@
+"""How much a patched model keeps and how it is divided: the settings of one patch, checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import sparsity
+from .block_order import BLOCK_ORDERS
+from .exceptions import PatchError
+
+ALLOCATIONS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to keep and how to divide it; checked when made.
+
+    Attributes:
+        sparsity: dropped share of patch-block pairs of every layer, 0 to below 1; or None.
+        sparse_ratio: rho of SparseVGGT, the share of key blocks a row may drop; or None.
+        cdf_threshold: tau of SparseVGGT, the attention mass a row keeps; or None.
+        allocation: ``uniform`` (the rule's own counts), ``equal`` (same total, the same budget for every
+            head), ``hess`` (budgets by score), and the checks of the method: ``reverse`` (inverted ranking),
+            ``uncapped`` (surplus over a full head is lost), ``random`` (scores shuffled among heads).
+        selector: the rule that fills a budget.
+        backend: the code that computes attention over block lists.
+        block_q: patch queries in a block.
+        block_k: patch keys in a block.
+        minimum: key blocks every row keeps at least.
+        seed: of the ``random`` allocation.
+        block_order: order in which the patches of a frame fill blocks, a name of `BLOCK_ORDERS`.
+    """
+
+    sparsity: float | None
+    sparse_ratio: float | None
+    cdf_threshold: float | None
+    allocation: str
+    selector: str = "mass"
+    backend: str = "auto"
+    block_q: int = 128
+    block_k: int = 64
+    minimum: int = 2
+    seed: int = 0
+    block_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        rule = self.sparse_ratio is not None or self.cdf_threshold is not None
+        if (self.sparsity is None) == (not rule):
+            raise PatchError(
+                f"sparsity={self.sparsity}, sparse_ratio={self.sparse_ratio}, cdf_threshold={self.cdf_threshold}: give "
+                "either a sparsity, or sparse_ratio and/or cdf_threshold."
+            )
+        for name in ("sparsity", "sparse_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise PatchError(f"{name} is {value}, wanted a number from 0 (dense) to below 1.")
+        if self.cdf_threshold is not None and not 0.0 <= self.cdf_threshold <= 1.0:
+            raise PatchError(f"cdf_threshold is {self.cdf_threshold}, wanted a number from 0 to 1.")
+        if self.allocation not in ALLOCATIONS:
+            raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
+        if self.block_order not in BLOCK_ORDERS:
+            raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
+        if self.selector not in sparsity.SELECTORS:
+            raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
+        for name in ("block_q", "block_k", "minimum"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise PatchError(f"{name} is {getattr(self, name)}, wanted a whole number of at least 1.")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the rule drops nothing, whatever the input."""
+        return self.sparsity == 0.0 or self.sparse_ratio == 0.0 or (self.cdf_threshold or 0.0) >= 1.0

@@ -1,0 +1,317 @@
+"""The command line: what it prints and writes, and that a user's mistake is one sentence and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hess_plugin import Profile
+from hess_plugin.cli import main
+from hess_plugin.demo.rooms import make_scene
+from hess_plugin.scenes.writing import write_folder
+
+Invoke = Callable[..., Result]
+COMMANDS = sorted(main.commands)
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run a command in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="hess-patch")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two rooms on disk, in folders that are not called like the scenes in them."""
+    root = tmp_path_factory.mktemp("scenes")
+    for index, seed in enumerate((31, 32)):
+        write_folder(make_scene(seed, views=3), root / f"scene{index}")
+    return f"folder:{root}"
+
+
+@pytest.fixture(scope="module")
+def profile(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile that the command wrote."""
+    path = tmp_path_factory.mktemp("profile") / "demo.hess"
+    result = CliRunner().invoke(main, ["calibrate", "--model", "demo", "--data", data, "-o", str(path)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def assert_one_sentence(result: Result, *words: str, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stderr.count("Error: ") == 1 and "Traceback" not in result.output
+    sentence = result.stderr.partition("Error: ")[2].strip()
+    assert "\n" not in sentence and len(sentence) > 20
+    for word in words:
+        assert word in sentence, sentence
+    assert isinstance(result.exception, SystemExit)
+
+
+def left_behind() -> list[str]:
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_help_of_everything(invoke: Invoke) -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0 and all(command in result.stdout for command in COMMANDS)
+    assert {"calibrate", "demo", "plugins", "show", "sites"} <= set(COMMANDS)
+    for command in COMMANDS:
+        for flag in ("--help", "-h"):
+            result = invoke(command, flag)
+            assert result.exit_code == 0 and f"Usage: hess-patch {command}" in result.stdout
+    assert left_behind() == []
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        for option in command.params:
+            if option.param_type_name == "option" and option.name not in {"calibration_scenes", "test_scenes", "views"}:
+                assert getattr(option, "help", None) or name == "demo", (name, option.name)
+
+
+def test_version(invoke: Invoke) -> None:
+    from hess_plugin import __version__
+
+    assert invoke("--version").stdout == f"hess-patch, version {__version__}\n"
+
+
+def test_plugins_are_json(invoke: Invoke) -> None:
+    result = invoke("plugins")
+    assert result.exit_code == 0
+    assert {"vggt", "pi3", "demo"} <= {plugin["name"] for plugin in json.loads(result.stdout)}
+
+
+def test_sites_of_the_demo_model(invoke: Invoke) -> None:
+    result = invoke("sites", "--model", "demo")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "adapter vggt claims TinyVGGT: 4 sites" in result.stdout
+    assert "aggregator.global_blocks.3.attn" in result.stdout and "multiples of 10" in result.stdout
+
+
+def test_calibrate_and_show(invoke: Invoke, profile: Path, tmp_path: Path) -> None:
+    loaded = Profile.load(profile)
+    assert loaded.scenes == ("scene0", "scene1") and loaded.metadata["skipped"] == {}
+    assert loaded.metadata["weights"] == "shipped" and loaded.metadata["model"] == "demo"
+    assert [path.name for path in profile.parent.iterdir()] == [profile.name]
+    result = invoke("show", profile, "--png", "heads.png", "--heads", 3, "--camera-weight", 1)
+    assert result.exit_code == 0 and "WARNING" not in result.output
+    assert "adapter vggt, 4 sites of 8 heads, 2 scenes, camera weight 1" in result.stdout
+    assert result.stdout.count(" head ") >= 6 and "wrote heads.png" in result.stdout
+    assert Path("heads.png").read_bytes().startswith(b"\x89PNG") and left_behind() == ["heads.png"]
+
+
+def test_show_draws_beside_the_profile_by_default(invoke: Invoke, profile: Path) -> None:
+    Path("mine.hess").write_bytes(profile.read_bytes())
+    assert invoke("show", "mine.hess").exit_code == 0
+    assert left_behind() == ["mine.hess", "mine.hess.png"]
+
+
+def test_a_command_calibrates_like_the_function(invoke: Invoke, profile: Path, data: str) -> None:
+    import torch
+
+    arguments = ("calibrate", "--model", "demo", "--data", data, "--scenes", 1, "--views", 2, "--seed", 3)
+    result = invoke(*arguments, "--resolution", 40, "--camera-weight", 0.25, "-o", "new/folder/a.hess")
+    assert result.exit_code == 0 and "wrote new/folder/a.hess" in result.stdout
+    loaded = Profile.load("new/folder/a.hess")
+    assert len(loaded.scenes) == 1 and loaded.camera_weight == 0.25
+    given = {name: loaded.metadata[name] for name in ("views", "seed", "resolution", "data")}
+    assert given == {"views": 2, "seed": 3, "resolution": 40, "data": data}
+    assert left_behind() == ["new", "new/folder", "new/folder/a.hess"]
+    assert invoke(*arguments, "--resolution", 40, "-o", "b.hess").exit_code == 0
+    again = Profile.load("b.hess")
+    assert all(torch.equal(again.traces[name], loaded.traces[name]) for name in again.traces)
+
+
+def test_random_weights_are_warned_of_loudly(invoke: Invoke, data: str) -> None:
+    result = invoke("sites", "--model", "demo", "--weights", "random")
+    assert result.exit_code == 0 and "WARNING: random weights" in result.stderr
+    arguments = ("--data", data, "--scenes", 1, "--eps", 1e6, "--camera-weight", 0, "-o", "a.hess")
+    result = invoke("calibrate", "--model", "demo", "--weights", "random", *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("WARNING: random weights") == 2 and "WARNING" not in result.stdout
+    result = invoke("show", "a.hess")
+    assert result.exit_code == 0 and "WARNING: random weights" in result.stderr
+    assert "means nothing" in result.stderr
+
+
+def test_the_demo_in_small(invoke: Invoke) -> None:
+    result = invoke("demo", "-o", "out", "--calibration-scenes", 1, "--test-scenes", 2, "--views", 3)
+    assert result.exit_code == 0, result.output
+    files = {"demo.hess", "results.csv", "table.md", "heads.png", "trade_off.png"}
+    assert {path.name for path in Path("out").iterdir()} == files
+    assert "| dense" in result.stdout and "| hess" in result.stdout and "2 test scenes x 3 views" in result.stdout
+    assert all(f"wrote out/{name}" in result.stdout for name in files)
+    Profile.load("out/demo.hess")
+
+
+# ---------------------------------------------------------------- a user's mistakes
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("sites", "--model", "nope"), ("no adapter loads a model called 'nope'", "demo", "pi3", "vggt")),
+        (("sites", "--model", "demo", "--weights", "none.pt"), ("none.pt does not exist", "`random`")),
+        (("sites", "--model", "demo", "--weights", "org/name"), ("cannot be loaded from 'org/name'",)),
+        (("calibrate", "--model", "demo", "--data", "co4d:/x", "-o", "a.hess"), ("'co4d:/x'", "folder")),
+        (("calibrate", "--model", "demo", "--data", "folder:", "-o", "a.hess"), ("name no folder",)),
+        (("calibrate", "--model", "demo", "--data", "folder:/no/where", "-o", "a.hess"), ("/no/where does not exist",)),
+        (("calibrate", "--model", "demo", "--data", "folder:.", "-o", "a.hess"), ("holds no scene", "cameras.json")),
+        (("calibrate", "--model", "nope", "--weights", "random", "--data", "{data}", "-o", "a.hess"), ("'nope'",)),
+        (("show", "none.hess"), ("none.hess is not a file", "hess-patch calibrate")),
+        (("show", "."), ("is not a file",)),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    invoke: Invoke, data: str, arguments: tuple[str, ...], words: object
+) -> None:
+    assert isinstance(words, tuple)
+    assert_one_sentence(invoke(*(argument.format(data=data) for argument in arguments)), *words)
+    assert left_behind() == []
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("calibrate", "--model", "vggt", "--data", "{data}", "-o", "a.hess"), ("--weights is missing", "`random`")),
+        (("sites", "--model", "demo", "--device", "nonsense"), ("--device nonsense cannot be used here",)),
+        (("sites", "--model", "demo", "--dtype", "int8"), ("--dtype",)),
+        (("sites", "--model", "demo", "--repo", "/no/where"), ("/no/where",)),
+        (("sites",), ("--model",)),
+        (("calibrate", "--model", "demo", "--data", "{data}"), ("--output",)),
+        (("calibrate", "--model", "demo", "--data", "{data}", "-o", "."), ("is a directory",)),
+        (("calibrate", "--model", "demo", "--data", "{data}", "-o", "a", "--camera-weight", "2"), ("--camera-weight",)),
+        (("calibrate", "--model", "demo", "--data", "{data}", "-o", "a", "--scenes", "0"), ("--scenes",)),
+        (("calibrate", "--model", "demo", "--data", "{data}", "-o", "a", "--eps", "0"), ("--eps",)),
+        (("demo", "--views", "2"), ("--views",)),
+        (("nonsense",), ("nonsense",)),
+        (("show", "a.hess", "--camera-weight", "nan"), ("nan",)),
+    ],
+)
+def test_wrong_options_are_told_with_exit_code_2(
+    invoke: Invoke, data: str, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    result = invoke(*(argument.format(data=data) for argument in arguments))
+    assert_one_sentence(result, *words, code=2)
+    assert "Usage: hess-patch" in result.stderr and left_behind() == []
+
+
+def test_a_gpu_that_is_not_there(invoke: Invoke) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.device_count()}"
+    else:
+        device = "cuda"
+    assert_one_sentence(invoke("sites", "--model", "demo", "--device", device), f"--device {device}", code=2)
+
+
+def test_an_upstream_model_that_cannot_be_imported_points_to_repo(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vggt", None)  # as if it were not installed
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = invoke("sites", "--model", "vggt")
+    assert_one_sentence(result, "cannot import vggt.models.vggt", "https://github.com/facebookresearch/vggt", "--repo")
+    (tmp_path / "checkout").mkdir()
+    result = invoke("sites", "--model", "vggt", "--repo", tmp_path / "checkout")
+    assert_one_sentence(result, "cannot import vggt.models.vggt")
+
+
+@pytest.mark.parametrize("keep", [0, 8, 300, -1])
+def test_a_truncated_profile(invoke: Invoke, profile: Path, keep: int) -> None:
+    Path("cut.hess").write_bytes(profile.read_bytes()[:keep])
+    assert_one_sentence(invoke("show", "cut.hess"), "cut.hess is truncated or not a profile", "calibrate again")
+    assert left_behind() == ["cut.hess"]
+
+
+def test_a_picture_of_an_unknown_kind_is_one_sentence(invoke: Invoke, profile: Path) -> None:
+    result = invoke("show", profile, "--png", "heads.nonsense")
+    assert result.exit_code in (1, 2) and "Error: " in result.stderr and "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit) and left_behind() == []
+
+
+def test_an_output_under_a_file_is_one_sentence_and_leaves_the_file(invoke: Invoke, data: str) -> None:
+    Path("file").write_text("mine")
+    result = invoke("calibrate", "--model", "demo", "--data", data, "--scenes", 1, "-o", "file/a.hess")
+    assert_one_sentence(result, "file")
+    assert left_behind() == ["file"] and Path("file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("wrong", ["image", "pose", "json"])
+def test_a_broken_scene_names_its_file_and_writes_no_profile(invoke: Invoke, wrong: str) -> None:
+    folder = write_folder(make_scene(31, views=3), Path("data/room"))
+    cameras = folder / "cameras.json"
+    record = json.loads(cameras.read_text())
+    if wrong == "image":
+        (folder / record["frames"][1]["image"]).write_bytes(b"\x89PNG not quite")
+    elif wrong == "pose":
+        record["frames"][1]["c2w"][0][0] = 7.0
+        cameras.write_text(json.dumps(record))
+    else:
+        cameras.write_text(cameras.read_text()[:-20])
+    result = invoke("calibrate", "--model", "demo", "--data", "folder:data", "-o", "a.hess")
+    assert_one_sentence(result, "data/room")
+    assert not Path("a.hess").exists() and not Path("a.hess.partial").exists()
+
+
+def test_scenes_that_give_no_error_leave_no_file(invoke: Invoke, data: str) -> None:
+    arguments = ("calibrate", "--model", "demo", "--data", data, "-o", "a.hess", "--eps", 1e-9)
+    assert_one_sentence(invoke(*arguments), "none of 2 scenes gave a usable error")
+    assert left_behind() == []
+
+
+def test_an_old_profile_survives_a_calibration_that_fails(invoke: Invoke, data: str, profile: Path) -> None:
+    Path("a.hess").write_bytes(profile.read_bytes())
+    assert invoke("calibrate", "--model", "demo", "--data", data, "-o", "a.hess", "--eps", 1e-9).exit_code == 1
+    assert left_behind() == ["a.hess"] and Path("a.hess").read_bytes() == profile.read_bytes()
+
+
+def test_a_partial_file_of_another_calibration_is_told(invoke: Invoke, data: str) -> None:
+    Path("a.hess.partial").write_bytes(b"damaged")
+    arguments = ("calibrate", "--model", "demo", "--data", data, "-o", "a.hess")
+    assert_one_sentence(invoke(*arguments), "a.hess.partial is damaged", "delete a.hess.partial to start again")
+    assert left_behind() == ["a.hess.partial"]
+
+
+# ---------------------------------------------------------------- as a user runs it
+
+
+def shell(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hess_plugin.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_in_a_shell_a_mistake_is_one_line_and_verbose_shows_the_traceback(tmp_path: Path) -> None:
+    done = shell("show", "none.hess", folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("Error: none.hess is not a file")
+    assert done.stderr.count("\n") == 1
+    done = shell("--verbose", "show", "none.hess", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ProfileError" in done.stderr
+
+
+def test_in_a_shell_the_progress_bar_is_silent_when_nobody_watches(tmp_path: Path, data: str) -> None:
+    done = shell("calibrate", "--model", "demo", "--data", data, "--scenes", "1", "-o", "a.hess", folder=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.endswith("wrote a.hess\n") and "\x1b" not in done.stdout
+    assert os.listdir(tmp_path) == ["a.hess"]
