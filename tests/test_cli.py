@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hess_plugin import Profile
+from hess_plugin import Profile, ProfileError
 from hess_plugin.cli import main
 from hess_plugin.demo.rooms import make_scene
 from hess_plugin.scenes.writing import write_folder
@@ -204,7 +204,6 @@ def test_mistakes_are_told_in_one_sentence(
         (("calibrate", "--model", "demo", "--data", "{data}", "-o", "a", "--eps", "0"), ("--eps",)),
         (("demo", "--views", "2"), ("--views",)),
         (("nonsense",), ("nonsense",)),
-        (("show", "a.hess", "--camera-weight", "nan"), ("nan",)),
     ],
 )
 def test_wrong_options_are_told_with_exit_code_2(
@@ -293,25 +292,30 @@ def test_a_partial_file_of_another_calibration_is_told(invoke: Invoke, data: str
     assert left_behind() == ["a.hess.partial"]
 
 
-# ---------------------------------------------------------------- as a user runs it
+def test_a_camera_weight_that_is_no_number_is_one_sentence(invoke: Invoke, profile: Path) -> None:
+    assert_one_sentence(invoke("show", profile, "--camera-weight", "nan", "--png", "a.png"), "camera_weight nan")
+    assert left_behind() == []
 
 
-def shell(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hess_plugin.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+def test_verbose_gives_the_error_itself(invoke: Invoke) -> None:
+    result = invoke("--verbose", "show", "none.hess")
+    assert result.exit_code == 1 and isinstance(result.exception, ProfileError)
 
 
-def test_in_a_shell_a_mistake_is_one_line_and_verbose_shows_the_traceback(tmp_path: Path) -> None:
-    done = shell("show", "none.hess", folder=tmp_path)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("Error: none.hess is not a file")
-    assert done.stderr.count("\n") == 1
-    done = shell("--verbose", "show", "none.hess", folder=tmp_path)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ProfileError" in done.stderr
+def test_a_calibration_prints_no_progress_where_nobody_watches(invoke: Invoke, data: str) -> None:
+    result = invoke("calibrate", "--model", "demo", "--data", data, "--scenes", 1, "--views", 2, "-o", "a.hess")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert result.stdout.endswith("wrote a.hess\n") and "\x1b" not in result.stdout
+    assert left_behind() == ["a.hess"]
 
 
-def test_in_a_shell_the_progress_bar_is_silent_when_nobody_watches(tmp_path: Path, data: str) -> None:
-    done = shell("calibrate", "--model", "demo", "--data", data, "--scenes", "1", "-o", "a.hess", folder=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.endswith("wrote a.hess\n") and "\x1b" not in done.stdout
-    assert os.listdir(tmp_path) == ["a.hess"]
+@pytest.mark.parametrize("verbose", [False, True])
+def test_in_a_shell_a_mistake_is_one_line_and_verbose_shows_the_traceback(tmp_path: Path, verbose: bool) -> None:
+    command = [sys.executable, "-m", "hess_plugin.cli", *(["--verbose"] if verbose else []), "show", "none.hess"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == "" and os.listdir(tmp_path) == []
+    assert "none.hess is not a file; give a profile written by" in done.stderr
+    if verbose:
+        assert done.stderr.startswith("Traceback") and "ProfileError" in done.stderr
+    else:
+        assert done.stderr.startswith("Error: none.hess") and done.stderr.count("\n") == 1

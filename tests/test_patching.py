@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 import hess_plugin
 from hess_plugin import PatchError, Profile, ProfileError, ProfileMismatch, Site, TokenLayout, hookimpl, patch, unpatch
-from hess_plugin.attention import ALLOCATIONS, Layouts, Settings, SiteAttention
+from hess_plugin.attention import SiteAttention
 from hess_plugin.calibration.calibrator import calibrate
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.interception import SDPA, intercept
+from hess_plugin.plans import Layouts
 from hess_plugin.plugins import get_plugin_manager, register, resolve_adapter
 from hess_plugin.profiles import ERROR_NAMES, weights_fingerprint
 from hess_plugin.scenes.scene import Scene
+from hess_plugin.settings import ALLOCATIONS, Settings
 from hess_plugin.sites import PROJECTIONS
 from hess_plugin.sparsity import allocate, block_map, target_total, uniform_counts
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hess_plugin.sparsity import (
     SELECTORS,
@@ -14,6 +17,7 @@ from hess_plugin.sparsity import (
     allocate,
     block_map,
     pool,
+    pooled_uniform_counts,
     select,
     select_from_map,
     spread,
@@ -91,6 +95,32 @@ def test_budgets_are_spread_by_the_next_best_block(
     assert torch.equal(lists.to_mask(), expected)
     streamed = SELECTORS["mass"](pool(q, k, BLOCK_Q, BLOCK_K, chunk_entries=entries), budgets=budgets).check()
     assert torch.equal(streamed.to_mask(), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.entries = max(self.entries, value.numel())
+        return result
+
+
+def test_no_block_map_is_ever_whole() -> None:
+    q = torch.randn(1, 4, 200, 2, generator=torch.Generator().manual_seed(0))
+    k = torch.randn(1, 4, 400, 2, generator=torch.Generator().manual_seed(1))
+    with LargestTensor() as largest:
+        pooled = pool(q, k, 1, 1, chunk_entries=4096)
+        counts = pooled_uniform_counts(pooled, 0.99, 0.01)
+        lists = SELECTORS["mass"](pooled, budgets=counts.sum(-1))
+    assert lists.kept < 4096
+    assert largest.entries <= 4096 < 4 * 200 * 400
 
 
 def test_real_valued_rows_keep_as_much_as_the_best_choice() -> None:
