@@ -192,7 +192,7 @@ def plugins() -> None:
     "-o", "--output", default="hess-demo", show_default=True, type=click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--calibration-scenes", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--test-scenes", type=click.IntRange(min=2), default=24, show_default=True)
+@click.option("--test-scenes", type=click.IntRange(min=2), default=40, show_default=True)
 @click.option("--views", type=click.IntRange(min=3), default=16, show_default=True)
 def demo(output: Path, calibration_scenes: int, test_scenes: int, views: int) -> None:
     """Calibrate, patch and measure the small shipped model on synthetic rooms; a few minutes on two cores."""
@@ -227,7 +227,7 @@ def _load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros((), device=chosen).item()  # also refuses `meta`, which holds no values
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
     # Upstream VGGT calls a deprecated name in every forward; nothing the user can do about it.

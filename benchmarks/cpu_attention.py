@@ -1,6 +1,6 @@
 """Times block-sparse attention against dense attention on a CPU, as ratios of one run.
 
-    python benchmarks/cpu_attention.py --threads 1 --write benchmarks/results/cpu_attention.md
+    python benchmarks/cpu_attention.py --threads 1 2 --write benchmarks/results/cpu_attention.md
 
 Protocol: for every repeat, dense and sparse calls of all kept shares run one after the other, so that a busy
 machine slows both. "median" is the median over repeats of the time / the dense time of the same repeat, "min" the least
@@ -27,17 +27,18 @@ from hess_plugin.sparsity import allocate, select, target_total
 from hess_plugin_cuda import BlockLists, block_sparse_attention
 
 BLOCK_Q, BLOCK_K = 128, 64
-COLUMNS = ("dtype", "kept", "dense_heads", "what", "cpu_median", "cpu_min", "wall_median", "wall_min")
+COLUMNS = ("threads", "dtype", "kept", "dense_heads", "what", "cpu_median", "cpu_min", "wall_median", "wall_min")
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
     header = describe(args)
     print(header)
     rows = []
-    for dtype in args.dtypes:
-        rows += measure(args, getattr(torch, dtype))
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for dtype in args.dtypes:
+            rows += [{"threads": threads} | row for row in measure(args, getattr(torch, dtype))]
     table = as_markdown(rows)
     print(table)
     if args.write:
@@ -53,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a .md file; a .csv with the same rows is written beside it")
     return parser.parse_args()
@@ -149,7 +150,7 @@ def describe(args: argparse.Namespace) -> str:
     spread = {kept: make_budgets(args, kept)[0].sort().values / pairs(args) for kept in args.kept if kept < 1}
     shares = "; ".join(f"{kept:g}: " + " ".join(f"{x:.2f}" for x in s.tolist()) for kept, s in spread.items())
     return (
-        f"{processor()}, {args.threads} thread(s); Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{processor()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.backends.cpu.get_cpu_capability()}.\n"
         f"1 x {args.heads} heads x {args.tokens} patch + {args.special} special tokens x {args.width}, blocks "
         f"{BLOCK_Q} x {BLOCK_K}; {args.repeats} interleaved repeats; time / time of dense SDPA in the same run.\n"

@@ -97,7 +97,7 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, keep: float) -
         torch.save(Net().state_dict(), path)
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if keep == 0.5 else int(keep)])
-    with pytest.raises(HessError, match="cannot be read .*download it again") as caught:
+    with pytest.raises(HessError, match=r"cannot be read .*download it again") as caught:
         load_weights(Net, str(path))
     assert "\n" not in str(caught.value)
 

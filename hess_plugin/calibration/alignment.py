@@ -43,7 +43,7 @@ def align(prediction: Prediction, scene: Scene, *, seed: int = 0, icp: bool = Tr
     Closed form on pixel correspondences where the scene has depth (fitted, the worst fifth dropped, fitted
     again); else on camera centres; else, where these fix no rotation, feature matching of the clouds. Then
     point-to-plane ICP against the true cloud, rigid, kept only when it brings the clouds closer. Repeatable
-    bit for bit.
+    bit for bit on one machine with one number of torch threads.
 
     Args:
         prediction: of the scene's views, in their order.

@@ -112,33 +112,10 @@ def coarse(source: Tensor, source_unit: float, target: Tensor, unit: float, *, s
         CalibrationError: when the clouds do not match.
     """
     open3d = import_open3d("Registration without correspondences")
-    tools, geometry = open3d.pipelines.registration, open3d.geometry
-    zero = torch.zeros(3, dtype=torch.float64)
     with _one_thread(), _quiet(open3d):
         open3d.utility.random.seed(seed)
-        clouds, features = [], []
-        for points, length in ((source, source_unit), (target, unit)):
-            cloud = _cloud(open3d, points, zero, length, COARSE_VOXEL, seed)
-            cloud.estimate_normals(geometry.KDTreeSearchParamHybrid(2 * COARSE_VOXEL, 30))
-            # Normals have no side by themselves and FPFH depends on it: turn them away from the middle.
-            cloud.orient_normals_towards_camera_location(cloud.get_center())
-            search = geometry.KDTreeSearchParamHybrid(5 * COARSE_VOXEL, 100)
-            features.append(tools.compute_fpfh_feature(cloud, search))
-            clouds.append(cloud)
-        distance = 1.5 * COARSE_VOXEL
-        found = tools.registration_ransac_based_on_feature_matching(
-            *clouds,
-            *features,
-            True,
-            distance,
-            tools.TransformationEstimationPointToPoint(True),
-            3,
-            [
-                tools.CorrespondenceCheckerBasedOnEdgeLength(0.8),
-                tools.CorrespondenceCheckerBasedOnDistance(distance),
-            ],
-            tools.RANSACConvergenceCriteria(COARSE_ITERATIONS, 0.999),
-        )
+        moving = _described(open3d, source, source_unit, seed)
+        found = _match(open3d, moving, _described(open3d, target, unit, seed))
     in_units = Similarity.from_matrix(torch.from_numpy(np.array(found.transformation)))
     if found.fitness < COARSE_FITNESS or not 1 / COARSE_SCALE < float(in_units.scale) < COARSE_SCALE:
         raise CalibrationError(
@@ -149,6 +126,37 @@ def coarse(source: Tensor, source_unit: float, target: Tensor, unit: float, *, s
     scale = in_units.scale * unit / source_unit
     similarity = Similarity(scale, in_units.rotation, in_units.translation * unit)
     return similarity, len(found.correspondence_set)
+
+
+def _described(open3d: Any, points: Tensor, unit: float, seed: int) -> tuple[Any, Any]:
+    """A cloud in units and the FPFH feature of each of its points."""
+    geometry = open3d.geometry
+    cloud = _cloud(open3d, points, torch.zeros(3, dtype=torch.float64), unit, COARSE_VOXEL, seed)
+    cloud.estimate_normals(geometry.KDTreeSearchParamHybrid(2 * COARSE_VOXEL, 30))
+    # Normals have no side by themselves and FPFH depends on it: turn them all towards the middle.
+    cloud.orient_normals_towards_camera_location(cloud.get_center())
+    search = geometry.KDTreeSearchParamHybrid(5 * COARSE_VOXEL, 100)
+    return cloud, open3d.pipelines.registration.compute_fpfh_feature(cloud, search)
+
+
+def _match(open3d: Any, moving: tuple[Any, Any], fixed: tuple[Any, Any]) -> Any:
+    tools = open3d.pipelines.registration
+    distance = 1.5 * COARSE_VOXEL
+    return tools.registration_ransac_based_on_feature_matching(
+        moving[0],
+        fixed[0],
+        moving[1],
+        fixed[1],
+        True,  # only pairs that are each other's nearest feature
+        distance,
+        tools.TransformationEstimationPointToPoint(True),  # with scale
+        3,
+        [
+            tools.CorrespondenceCheckerBasedOnEdgeLength(0.8),
+            tools.CorrespondenceCheckerBasedOnDistance(distance),
+        ],
+        tools.RANSACConvergenceCriteria(COARSE_ITERATIONS, 0.999),
+    )
 
 
 def _cloud(open3d: Any, points: Tensor, origin: Tensor, unit: float, voxel: float, seed: int) -> Any:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hess_plugin import __version__
 from hess_plugin.calibration.calibrator import calibrate
@@ -17,6 +13,7 @@ from hess_plugin.evaluation.comparison import Arm, Measurement, Summary, compare
 from hess_plugin.evaluation.plots import head_sensitivity_map, trade_off
 from hess_plugin.evaluation.tables import comparison_table
 from hess_plugin.files import write_bytes
+from hess_plugin.machine import describe_machine
 from hess_plugin.profiles import Profile
 
 from .model import load_demo_model
@@ -40,7 +37,7 @@ class DemoSettings:
     """
 
     calibration: int = 32
-    test: int = 24
+    test: int = 40
     views: int = 16
     sparsities: tuple[float, ...] = SPARSITIES
     block: int = 8
@@ -106,10 +103,7 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
 def _provenance(settings: DemoSettings) -> dict[str, Any]:
     return {
         "hess_plugin": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": f"{platform.machine()} {platform.system()}",
+        "machine": describe_machine(),
         "views": settings.views,
         "calibration_scenes": settings.calibration,
         "block_q": settings.block,
@@ -118,11 +112,9 @@ def _provenance(settings: DemoSettings) -> dict[str, Any]:
 
 
 def _protocol(settings: DemoSettings) -> str:
-    p = _provenance(settings)
     return (
         f"Demo model on synthetic rooms: {settings.test} test scenes x {settings.views} views, profile from "
         f"{settings.calibration} other scenes, blocks {settings.block} x {settings.block}, mean ± standard error over "
-        f"scenes; "
-        f"hess-plugin {p['hess_plugin']}, torch {p['torch']}, {p['threads']} threads, {p['machine']}. "
-        "AUC in points; ATE and point error in units of the mean distance of true points to the first camera."
+        f"scenes. AUC in points; ATE and point error in units of the mean distance of true points to the first camera; "
+        f"seconds of one forward. hess-plugin {__version__}; {describe_machine()}."
     )

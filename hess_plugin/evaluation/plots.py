@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hess_plugin.exceptions import MissingDependency
+from hess_plugin.exceptions import HessError, MissingDependency
 from hess_plugin.files import atomic_path
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _ticks(count: int) -> list[int]:
 
 
 def _save(figure: Any, path: str | Path) -> None:
+    if Path(path).suffix.lower() != ".png":
+        raise HessError(f"{path} cannot be written: pictures are PNG files; end the name with .png.")
     with atomic_path(path) as temporary:
         # No version inside: the same figures give the same file.
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
