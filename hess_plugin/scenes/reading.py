@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -57,7 +57,11 @@ class LazyScenes(Sequence[Scene]):
         """Read one scene, or narrow to some of them without reading."""
         if isinstance(index, slice):
             return LazyScenes(self._format, self._sources[index], self._views, self._seed)
-        return self._format.read(self._sources[index], max_views=self._views, seed=self._seed)
+        source = self._sources[index]
+        scene = self._format.read(source, max_views=self._views, seed=self._seed)
+        # One name a scene, the unique one of `names`: a folder may call itself something else, or like another.
+        name = self._format.describe(source)
+        return scene if scene.name == name else replace(scene, name=name)
 
 
 def read_scenes(spec: str, *, scenes: int | None = None, views: int | None = None, seed: int = 0) -> LazyScenes:
