@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,3 +30,13 @@ def tiny_model() -> TinyVGGT:
 def room() -> Scene:
     """Four views of one synthetic room, 60 x 60 pixels."""
     return make_scene(11, views=4)
+
+
+@pytest.fixture(scope="session")
+def real_scenes() -> Path:
+    """The folder of real scenes: HESS_TEST_SCENES, or shared/scenes beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "scenes"
+    folder = Path(os.environ.get("HESS_TEST_SCENES") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no real scenes in {folder}: set HESS_TEST_SCENES to a folder of scene-v1 scenes")
+    return folder

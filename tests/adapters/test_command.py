@@ -37,6 +37,21 @@ def test_calibrate_with_random_weights(small_upstream: tuple[str, str], small_sc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.hess", "plane"]
 
 
+def test_calibrate_on_real_images(small_upstream: tuple[str, str], real_scenes: Path, tmp_path: Path) -> None:
+    """Real photographs with depth, at reduced size, through upstream's own code: what a user runs."""
+    name, checkout = small_upstream
+    output = tmp_path / "out.hess"
+    arguments = ["--model", name, "--weights", "random", "--repo", checkout, "--data", f"folder:{real_scenes}"]
+    limits = ["--scenes", "2", "--views", "3", "--seed", "1", "--resolution", "84", "--eps", "1e6"]
+    result = CliRunner().invoke(main, ["calibrate", *arguments, *limits, "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    measured = Profile.load(output).metadata["measured"]
+    assert len(measured) == 2
+    for facts in measured.values():
+        assert facts["views"] == 3 and max(facts["size"]) == 84 and not any(side % 14 for side in facts["size"])
+        assert facts["scale"] > 0 and facts["alignment"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "pt"])
 def test_weights_from_a_file_or_folder(
     small_upstream: tuple[str, str], small_scene: Scene, tmp_path: Path, kind: str

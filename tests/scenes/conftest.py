@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,13 +47,3 @@ def make_scene() -> MakeScene:
         return Scene(f"made-{seed}", images, random_poses(views, seed), intrinsics, distance if depth else None, cloud)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def real_scenes() -> Path:
-    """The folder of real scenes: HESS_TEST_SCENES, or shared/scenes beside the repository."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "scenes"
-    folder = Path(os.environ.get("HESS_TEST_SCENES") or beside)
-    if not folder.is_dir():
-        pytest.skip(f"no real scenes in {folder}: set HESS_TEST_SCENES to a folder of scene-v1 scenes")
-    return folder
