@@ -42,7 +42,20 @@ def test_calibrate_on_real_images(small_upstream: tuple[str, str], real_scenes: 
     name, checkout = small_upstream
     output = tmp_path / "out.hess"
     arguments = ["--model", name, "--weights", "random", "--repo", checkout, "--data", f"folder:{real_scenes}"]
-    limits = ["--scenes", "2", "--views", "3", "--seed", "1", "--resolution", "84", "--eps", "1e6"]
+    limits = [
+        "--scenes",
+        "2",
+        "--views",
+        "3",
+        "--seed",
+        "1",
+        "--resolution",
+        "84",
+        "--eps",
+        "1e6",
+        "--camera-weight",
+        "0.5",
+    ]
     result = CliRunner().invoke(main, ["calibrate", *arguments, *limits, "-o", str(output)])
     assert result.exit_code == 0, result.output
     measured = Profile.load(output).metadata["measured"]
