@@ -59,9 +59,13 @@ def load_weights(
     """
     path = Path(weights)
     if weights == RANDOM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        # The CPU generator alone: torch.manual_seed would reseed the user's graphics cards as well.
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(0)
             model = build()
+        finally:
+            torch.set_rng_state(state)
     elif path.suffix in _SUFFIXES:
         model = build()
         _load_state(model, read_state(path), path)

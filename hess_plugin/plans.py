@@ -23,7 +23,7 @@ class Layouts:
 
     Layouts are found by sequence length, which is what an attention call can know of its forward. A call recomputed
     by gradient checkpointing runs after its forward has returned, perhaps after another forward of another shape, and
-    still finds its own.
+    still finds its own. Of two layouts of one length (2 frames of 40 tokens and 4 of 20) the later one counts.
     """
 
     def __init__(self, block_order: str, block_k: int) -> None:

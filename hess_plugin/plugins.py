@@ -46,9 +46,12 @@ def register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
     """Register one adapter and refuse hooks that the contract does not know.
 
     Raises:
-        AdapterError: a hook name is misspelt, takes an argument the contract does not give, or the plugin's
-            name is taken. The manager is then as before.
+        AdapterError: a hook is misspelt, not marked with `hookimpl`, or takes an argument the contract does not
+            give, or the plugin's name is taken. The manager is then as before.
     """
+    unmarked = [h for h in hook_names() if hasattr(plugin, h) and manager.parse_hookimpl_opts(plugin, h) is None]
+    if unmarked:
+        raise AdapterError(f"adapter {name!r} defines {unmarked[0]} without @hess_plugin.hookimpl; mark it.")
     try:
         manager.register(plugin, name)
         manager.check_pending()

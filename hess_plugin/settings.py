@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from . import sparsity
@@ -52,10 +53,11 @@ class Settings:
             )
         for name in ("sparsity", "sparse_ratio"):
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise PatchError(f"{name} is {value}, wanted a number from 0 (dense) to below 1.")
-        if self.cdf_threshold is not None and not 0.0 <= self.cdf_threshold <= 1.0:
-            raise PatchError(f"cdf_threshold is {self.cdf_threshold}, wanted a number from 0 to 1.")
+            if value is not None and not (_is_number(value) and 0.0 <= value < 1.0):
+                raise PatchError(f"{name} is {value!r}, wanted a number from 0 (dense) to below 1.")
+        tau = self.cdf_threshold
+        if tau is not None and not (_is_number(tau) and 0.0 <= tau <= 1.0):
+            raise PatchError(f"cdf_threshold is {tau!r}, wanted a number from 0 to 1.")
         if self.allocation not in ALLOCATIONS:
             raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
         if self.block_order not in BLOCK_ORDERS:
@@ -63,10 +65,15 @@ class Settings:
         if self.selector not in sparsity.SELECTORS:
             raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
         for name in ("block_q", "block_k", "minimum"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise PatchError(f"{name} is {getattr(self, name)}, wanted a whole number of at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PatchError(f"{name} is {value!r}, wanted a whole number of at least 1 (an int).")
 
     @property
     def keeps_all(self) -> bool:
         """Whether the rule drops nothing, whatever the input."""
         return self.sparsity == 0.0 or self.sparse_ratio == 0.0 or (self.cdf_threshold or 0.0) >= 1.0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

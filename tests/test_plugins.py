@@ -268,9 +268,7 @@ def test_images_that_do_not_fit_are_refused_before_the_model_sees_them() -> None
 
 
 def test_plugins_are_described_with_the_hooks_they_really_implement(install: Callable[..., None]) -> None:
-    plugin = my_adapter()
-    plugin.hess_predict = lambda model, images: None  # no hookimpl: never called
-    install(Entry("mynet", lambda: plugin))
+    install(Entry("mynet", my_adapter))
     described = {plugin["name"]: plugin for plugin in describe_plugins()}
     assert set(described) == {*BUILT_IN, "mynet"}
     assert described["mynet"]["package"] == "hess-plugin-mynet 0.3"
@@ -282,6 +280,14 @@ def test_plugins_are_described_with_the_hooks_they_really_implement(install: Cal
     assert described["vggt"]["module"] == "hess_plugin.adapters.vggt"
     assert set(described["pi3"]["hooks"]) < set(hook_names())
     assert described["demo"]["hooks"] == ["hess_load_model"]
+
+
+def test_a_hook_without_the_marker_is_refused() -> None:
+    manager, plugin = get_plugin_manager(entry_points=False), my_adapter()
+    plugin.hess_predict = lambda model, images: None
+    with pytest.raises(AdapterError, match=r"'mine' defines hess_predict without @hess_plugin\.hookimpl; mark it"):
+        register(manager, plugin, "mine")
+    assert manager.get_plugin("mine") is None
 
 
 def test_managers_share_nothing() -> None:

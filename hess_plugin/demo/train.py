@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,8 @@ def _launch(config: TrainConfig, arguments: Sequence[str]) -> int:
         "--meeting",
         str(meeting.resolve()),
     ]
+    # Otherwise a plain kill would skip the `finally` below.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     workers = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(config.processes)]
     try:
         while all(worker.poll() is None for worker in workers):
@@ -84,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_flush_denormal(True)
     if config.processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=config.processes)
-    Trainer(config, rank).run()
+    launcher = os.getppid()
+    # A launcher that was killed outright leaves orphans, which would write into the folder of the next run.
+    Trainer(config, rank).run(abandoned=lambda: os.getppid() != launcher)
     return 0
 
 

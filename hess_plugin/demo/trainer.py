@@ -64,12 +64,12 @@ class Trainer:
         """Training views of all processes so far."""
         return self.step * self.config.views * self.config.processes
 
-    def run(self) -> None:
-        """Train to the last step, from the latest checkpoint if there is one."""
+    def run(self, abandoned: Callable[[], bool] = lambda: False) -> None:
+        """Train to the last step, from the latest checkpoint if there is one, unless `abandoned`."""
         self.load()
         if self.log is not None:
             self.log.write(_banner(self.config, self.model, self.step))
-        while self.step < self.config.steps:
+        while self.step < self.config.steps and not abandoned():
             self.train_step()
             self.step += 1
             if self.step % self.config.average_every == 0 or self.step == self.config.steps:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +60,27 @@ def test_command_line_trains_two_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(states[1]["trained"][name], value)
     assert (tmp_path / "tiny_vggt.safetensors").exists()
     assert "auc30" in (tmp_path / "training_log.txt").read_text()
+
+
+def test_ending_the_launcher_ends_the_processes(tmp_path: Path) -> None:
+    options = "--steps 100000 --views 4 --processes 1 --save-every 1 --validate-every 100000"
+    command = [sys.executable, "-m", "hess_plugin.demo.train", "--out", str(tmp_path), *options.split()]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        _wait_for((tmp_path / "latest").exists)
+    finally:
+        launcher.terminate()
+    assert launcher.wait(30) == 143
+    seen = (tmp_path / "latest").read_text()
+    time.sleep(1)
+    assert (tmp_path / "latest").read_text() == seen
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_steps_and_processes_see_different_training_rooms() -> None:
