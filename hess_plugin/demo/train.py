@@ -63,7 +63,7 @@ def _launch(config: TrainConfig, arguments: Sequence[str]) -> int:
         str(meeting.resolve()),
     ]
     # Otherwise a plain kill would skip the `finally` below.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     workers = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(config.processes)]
     try:
         while all(worker.poll() is None for worker in workers):
@@ -72,6 +72,7 @@ def _launch(config: TrainConfig, arguments: Sequence[str]) -> int:
             return 1
         return max(worker.wait() for worker in workers)
     finally:
+        signal.signal(signal.SIGTERM, previous)
         for worker in workers:
             worker.terminate()
         meeting.unlink(missing_ok=True)

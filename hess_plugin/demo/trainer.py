@@ -225,6 +225,13 @@ def _banner(config: TrainConfig, model: nn.Module, step: int) -> str:
     return (
         f"python -m hess_plugin.demo.train --out DIR {options} | from step {step} | "
         f"{parameters} parameters | "
-        f"python {platform.python_version()} torch {torch.__version__} | {platform.machine()} "
+        f"python {platform.python_version()} torch {torch.__version__} | {_processor()}, "
         f"{os.cpu_count()} CPUs, {torch.get_num_threads()} thread per process"
     )
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -34,7 +34,7 @@ def test_beats_the_mean_prediction(trained: TinyVGGT, batch: Batch) -> None:
     mean_depth = batch.depth.mean(dim=(0, 1), keepdim=True)
     assert row.points < 0.6 * (batch.points - mean_points).norm(dim=-1).mean()
     assert row.depth < 0.6 * (batch.depth - mean_depth).abs().mean()
-    assert row.auc30 > 0.3
+    assert row.auc30 > 0.5
     mean_pose = batch.pose_enc.mean(dim=0, keepdim=True).expand_as(batch.pose_enc)
     rotation, translation = pose_errors(mean_pose, batch.pose_enc)
     assert row.rotation < rotation.median() and row.translation < translation.median()
