@@ -4,9 +4,9 @@
 
 Protocol: for each number of views, the unpatched forward and one forward for each sparsity follow one another,
 `--repeats` times after a warm-up; a cell is the median over repeats of patched time / unpatched time of the same
-repeat. Budgets are uniform; images are random, which costs what any other image costs. The demo model's global attention
-is a smaller part of its forward than VGGT's, and its heads are 16 wide: this shows from which length on patching
-pays on this machine, not what VGGT gains.
+repeat. Budgets are uniform; images are random, which costs what any other image costs. The demo model's global
+attention is a smaller part of its forward than VGGT's, and its heads are 16 wide: this shows from which length on
+patching pays on this machine, not what VGGT gains.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main() -> None:
     lines = [
         "# Whole forwards of the demo model",
         "",
-        f"{describe_machine()}. hess-plugin {hess_plugin.__version__}, float32, blocks 128 x 64; {args.repeats} repeats, "
-        "patched time / unpatched time.",
+        f"{describe_machine()}. hess-plugin {hess_plugin.__version__}, float32, blocks 128 x 64; {args.repeats} "
+        "repeats, patched time / unpatched time.",
         f"Command: python benchmarks/end_to_end.py {' '.join(sys.argv[1:])}".rstrip(),
         "",
         "| views | patch tokens | dense, s | " + " | ".join(f"sparsity {s:g}" for s in args.sparsity) + " |",
