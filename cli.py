@@ -57,12 +57,23 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose scenes."""
+    options = [
+        click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes."),
+        click.option("--scenes", type=click.IntRange(min=1), help="Use this many scenes; all by default."),
+        click.option("--views", type=click.IntRange(min=1), help="Use this many views of each scene; all by default."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views."),
         click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
-            default="float32",
-            show_default=True,
-            help="Type of the parameters.",
+            "--resolution",
+            type=click.IntRange(min=14),
+            help="Longest image side in pixels; the images' own by default.",
         ),
     ]
     for option in reversed(options):
@@ -72,15 +83,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @main.command()
 @model_options
-@click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes.")
+@data_options
 @click.option(
     "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
-)
-@click.option("--scenes", type=click.IntRange(min=1), help="Calibrate on this many scenes; all by default.")
-@click.option("--views", type=click.IntRange(min=1), help="Use this many views of each scene; all by default.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views.")
-@click.option(
-    "--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default."
 )
 @click.option(
     "--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the model family's by default."
@@ -95,7 +100,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Type of the forward.",
 )
-def calibrate(output: Path, model: str, weights: str | None, data: str, **options: Any) -> None:
+def calibrate(output: Path, model: str, weights: str | None, **options: Any) -> None:
     """Measure every head's sensitivity on scenes with ground truth and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
@@ -104,18 +109,12 @@ def calibrate(output: Path, model: str, weights: str | None, data: str, **option
 
     import hess_plugin
     from hess_plugin.evaluation.tables import profile_summary
-    from hess_plugin.plugins import get_plugin_manager, resolve_adapter
-    from hess_plugin.scenes.fitting import FittedScenes
-    from hess_plugin.scenes.reading import read_scenes
 
-    found = read_scenes(data, scenes=options["scenes"], views=options["views"], seed=options["seed"])
-    loaded = _load(model, weights, options)
-    manager = get_plugin_manager()
-    multiple = resolve_adapter(loaded, manager=manager).family(loaded).image_multiple
+    loaded, found, manager = _model_and_scenes(model, weights, options)
     with _progress() as note:
         profile = hess_plugin.calibrate(
             loaded,
-            FittedScenes(found, multiple, options["resolution"]),
+            found,
             output=output,
             camera_weight=options["camera_weight"],
             eps=options["eps"],
@@ -123,16 +122,62 @@ def calibrate(output: Path, model: str, weights: str | None, data: str, **option
             metadata={
                 "model": model,
                 "weights": weights or "shipped",
-                "data": data,
-                "views": options["views"],
-                "seed": options["seed"],
-                "resolution": options["resolution"],
+                **{name: options[name] for name in ("data", "views", "seed", "resolution")},
             },
             progress=lambda done, total, scene: note("calibrate", done, total, scene),
             manager=manager,
         )
     click.echo(profile_summary(profile))
     click.echo(f"wrote {output}")
+    if weights == "random":
+        _warn_random()
+
+
+@main.command()
+@model_options
+@data_options
+@click.option("--profile", type=click.Path(path_type=Path), help="Profile for the arms that divide budgets by score.")
+@click.option("--sparsity", type=float, multiple=True, default=(0.73,), show_default=True, help="Several allowed.")
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    metavar="ALLOCATION",
+    help="uniform, equal, hess, reverse, uncapped or random, several allowed; uniform, with a profile also hess.",
+)
+@click.option("--block-q", type=click.IntRange(min=1), default=128, show_default=True, help="Patch queries in a block.")
+@click.option("--block-k", type=click.IntRange(min=1), default=64, show_default=True, help="Patch keys in a block.")
+@click.option("--csv", "output", type=click.Path(dir_okay=False, path_type=Path), help="Every measurement, to write.")
+def evaluate(model: str, weights: str | None, profile: Path | None, output: Path | None, **options: Any) -> None:
+    """Measure cameras and points, unpatched and patched, on scenes with ground truth."""
+    from hess_plugin.evaluation.comparison import Arm, compare, summarise, write_csv
+    from hess_plugin.evaluation.tables import comparison_table
+    from hess_plugin.machine import describe_machine
+    from hess_plugin.profiles import Profile
+
+    score = None if profile is None else Profile.load(profile)
+    names = options["arms"] or (("uniform",) if score is None else ("uniform", "hess"))
+    arms = [Arm("dense")] + [Arm(name, s, name) for s in options["sparsity"] for name in names]
+    loaded, found, manager = _model_and_scenes(model, weights, options)
+    done, total = iter(range(len(found) * len(arms))), len(found) * len(arms)
+    blocks = {name: options[name] for name in ("block_q", "block_k")}
+    with _progress() as note:
+        rows = compare(
+            loaded,
+            found,
+            arms,
+            profile=score,
+            progress=lambda scene, arm: note("measure", next(done), total, f"{scene} {arm}"),
+            manager=manager,
+            **blocks,
+        )
+    click.echo(comparison_table(summarise(rows)))
+    click.echo(f"\n{len(found)} scenes, mean ± standard error; AUC in points; {describe_machine()}.")
+    if output is not None:
+        named = {name: options[name] for name in ("data", "views", "seed", "resolution")}
+        facts = {"model": model, "weights": weights or "shipped", **named, **blocks, "machine": describe_machine()}
+        write_csv(output, rows, facts)
+        click.echo(f"wrote {output}")
     if weights == "random":
         _warn_random()
 
@@ -207,6 +252,20 @@ def demo(output: Path, calibration_scenes: int, test_scenes: int, views: int) ->
         click.echo(f"wrote {path}")
 
 
+def _model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Load the model and find its scenes, fitted to the model's image size; also the plugin manager used."""
+    from hess_plugin.plugins import get_plugin_manager, resolve_adapter
+    from hess_plugin.scenes.fitting import FittedScenes
+    from hess_plugin.scenes.reading import read_scenes
+
+    # Scenes first: a wrong path is told before a model of a billion weights is read.
+    found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
+    model = _load(name, weights, options)
+    manager = get_plugin_manager()
+    multiple = resolve_adapter(model, manager=manager).family(model).image_multiple
+    return model, FittedScenes(found, multiple, options["resolution"]), manager
+
+
 def _load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     """Load the model that the options name."""
     import torch
@@ -232,7 +291,7 @@ def _load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
         raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
     # Upstream VGGT calls a deprecated name in every forward; nothing the user can do about it.
     warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast", category=FutureWarning)
-    return load_model(name, weights, device=chosen, dtype=getattr(torch, options["dtype"]))
+    return load_model(name, weights, device=chosen, dtype=torch.float32)
 
 
 def _warn_random() -> None:

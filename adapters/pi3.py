@@ -17,6 +17,7 @@ from hess_plugin import (
     hookimpl,
     import_upstream,
     load_weights,
+    to_world,
 )
 
 
@@ -73,8 +74,7 @@ def _predict_pi3x(model: Any, images: Tensor) -> Prediction:
     z = torch.exp(z.clamp(max=15.0))
     local = torch.cat([xy * z, z], -1)
     c2w = torch.cat(poses).reshape(-1, 4, 4).float()
-    points = torch.einsum("nij,nhwj->nhwi", c2w[:, :3, :3], local) + c2w[:, None, None, :3, 3]
-    return _prediction(c2w, points, confidence)
+    return _prediction(c2w, to_world(local, c2w), confidence)
 
 
 def _prediction(c2w: Tensor, points: Tensor, logits: Tensor) -> Prediction:

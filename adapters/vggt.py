@@ -69,7 +69,7 @@ def hess_predict(model: Any, images: Tensor) -> Prediction:
     if "world_points" in output:
         points, confidence = output["world_points"][0], output["world_points_conf"][0]
     else:
-        depth, confidence = output["depth"][0, ..., 0], output["depth_conf"][0]
+        depth, confidence = output["depth"][0, ..., 0].float(), output["depth_conf"][0]
         points = unproject(depth, _intrinsics(pose[:, 7:], *depth.shape[1:]), c2w)
     # HeSS discards confidence below 1; upstream's is 1 + exp(.), so this keeps every point, as in the paper.
     return Prediction(c2w, points.float(), confidence.float(), min_confidence=1.0)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .geometry import Similarity as Similarity
     from .geometry import invert_rigid as invert_rigid
     from .geometry import quaternion_to_matrix as quaternion_to_matrix
+    from .geometry import to_world as to_world
     from .geometry import unproject as unproject
     from .hookspecs import hookimpl as hookimpl
     from .loading import import_upstream as import_upstream
@@ -68,7 +69,7 @@ _HOME = {
         "SceneError",
         "UnknownModel",
     ),
-    "geometry": ("Similarity", "invert_rigid", "quaternion_to_matrix", "unproject"),
+    "geometry": ("Similarity", "invert_rigid", "quaternion_to_matrix", "to_world", "unproject"),
     "hookspecs": ("hookimpl",),
     "loading": ("import_upstream", "load_weights"),
     "patching": ("Patch", "patch", "unpatch"),

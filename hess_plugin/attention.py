@@ -56,15 +56,16 @@ class SiteAttention:
             PatchError: the call is masked, causal, grouped, has dropout, or is not over the announced tokens.
         """
         plan = self._plan(query)
+        if not plan.dense:
+            self._check_plain(query, key, attn_mask, dropout_p, is_causal, enable_gqa)
         started = self.tally.start(query.device)
         if plan.dense:
             # The module's own call, argument for argument: bit for bit what the unpatched model computes.
             output = SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             self.tally.dense(query.shape[0] * plan.pairs, query.shape[0] * plan.rows * plan.special_columns)
         else:
-            self._check_plain(query, key, attn_mask, dropout_p, is_causal, enable_gqa)
             output = self._sparse(plan, query, key, value, scale)
-        self.tally.stop(started)
+        self.tally.stop(started, query.device)
         return output
 
     def _check_plain(
@@ -92,7 +93,7 @@ class SiteAttention:
     def _sparse(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         device_type = query.device.type
         dtype = value.dtype
-        if torch.is_autocast_enabled(device_type):
+        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
             # What autocast does to scaled_dot_product_attention: VGGT leaves q and k in float32 beside a bfloat16 v.
             dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
@@ -122,9 +123,8 @@ class SiteAttention:
                 counts = sparsity.pooled_uniform_counts(
                     pooled, settings.sparse_ratio, settings.cdf_threshold, settings.minimum
                 )
-                if self._weights is not None:
-                    weights = self._weights.to(q.device)
-                    budgets = allocate(counts.sum((1, 2)), weights, settings, plan.rows, plan.columns)
+                if plan.weights is not None:
+                    budgets = allocate(counts.sum((1, 2)), plan.weights, settings, plan.rows, plan.columns)
             if budgets is None:
                 assert counts is not None
                 lists, kept = select(pooled, counts=counts), counts.sum((0, 2))

@@ -6,10 +6,27 @@ acting on column vectors. Pixel coordinates are integers at pixel centres, depth
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _outside_autocast(function: _Function) -> _Function:
+    """Coordinates need every digit: under autocast each matrix product here would be rounded to half precision."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(_Function, guarded)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,6 +61,7 @@ class Similarity:
         scale = torch.linalg.det(matrix[:3, :3]) ** (1.0 / 3.0)
         return cls(scale, matrix[:3, :3] / scale, matrix[:3, 3].clone())
 
+    @_outside_autocast
     def apply(self, points: Tensor) -> Tensor:
         """Map points.
 
@@ -58,6 +76,7 @@ class Similarity:
         shift = self.translation.to(points.device, dtype)
         return (points.to(dtype) @ linear.T + shift).to(points.dtype)
 
+    @_outside_autocast
     def apply_poses(self, c2w: Tensor) -> Tensor:
         """Map camera poses `[..., 4, 4]`: centres move with the map, axes only turn and stay rotations."""
         rotation = self.rotation.to(c2w.device, c2w.dtype) @ c2w[..., :3, :3]
@@ -105,6 +124,7 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
+@_outside_autocast
 def invert_rigid(pose: Tensor) -> Tensor:
     """Inverse of rigid transforms `[..., 4, 4]` by transposing the rotation: exact and differentiable."""
     rotation = pose[..., :3, :3].transpose(-1, -2)
@@ -112,6 +132,22 @@ def invert_rigid(pose: Tensor) -> Tensor:
     return torch.cat([torch.cat([rotation, translation], dim=-1), pose[..., 3:, :]], dim=-2)
 
 
+@_outside_autocast
+def to_world(points: Tensor, c2w: Tensor) -> Tensor:
+    """World coordinates of points given in the frame of their camera.
+
+    Args:
+        points: `[S, ..., 3]`, one set for each camera.
+        c2w: camera-to-world `[S, 4, 4]`.
+
+    Returns:
+        `[S, ..., 3]`, differentiable in both.
+    """
+    flat = points.flatten(1, -2)
+    return (flat @ c2w[:, :3, :3].mT + c2w[:, None, :3, 3]).view_as(points)
+
+
+@_outside_autocast
 def unproject(depth: Tensor, intrinsics: Tensor, c2w: Tensor) -> Tensor:
     """World points of depth maps.
 
@@ -134,6 +170,7 @@ def unproject(depth: Tensor, intrinsics: Tensor, c2w: Tensor) -> Tensor:
     return depth[..., None] * rays + c2w[:, None, None, :3, 3].to(device, dtype)
 
 
+@_outside_autocast
 def project(points: Tensor, intrinsics: Tensor, c2w: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels and depth at which cameras see world points.
 

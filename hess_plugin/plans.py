@@ -90,6 +90,7 @@ class Plan:
         dense: whether every block is kept.
         budgets: kept pairs of every head ``[H]`` int64 when the settings alone decide them, else None.
         kept: sum of `budgets`.
+        weights: shares of the heads ``[H]`` on that device, or None for the rule's own counts.
     """
 
     layout: TokenLayout
@@ -99,6 +100,7 @@ class Plan:
     dense: bool
     budgets: Tensor | None
     kept: int
+    weights: Tensor | None
 
     @property
     def pairs(self) -> int:
@@ -121,10 +123,12 @@ def make_plan(
     rows = math.ceil(layout.patch_tokens / settings.block_q)
     columns = math.ceil(layout.patch_tokens / settings.block_k)
     dense, budgets = settings.keeps_all or columns <= settings.minimum, None
+    # See Layouts.order: not inference tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        moved = None if weights is None else weights.to(device)
     if settings.sparsity is not None and not dense:
         total = sparsity.target_total(settings.sparsity, heads, rows, columns, minimum=settings.minimum)
         dense = total == heads * rows * columns
-        # See Layouts.order: not an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
             shares = torch.ones(heads, dtype=torch.float64) if weights is None else weights
             budgets = allocate(total, shares, settings, rows, columns)
@@ -136,6 +140,7 @@ def make_plan(
         dense=dense,
         budgets=None if budgets is None else budgets.to(device),
         kept=0 if budgets is None else int(budgets.sum()),
+        weights=moved,
     )
 
 

@@ -217,6 +217,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def weights_fingerprint(sites: Sequence[Site]) -> str:
     """Digest the sites' projections, so that a profile knows the weights it was measured on.
 
+    Only they are read (a tenth of VGGT-1B): a fine-tune that leaves them as they were has the same fingerprint.
     Values are rounded to bfloat16 first: the same checkpoint loaded in float32 or in bfloat16 has one
     fingerprint.
 
@@ -233,4 +234,17 @@ def weights_fingerprint(sites: Sequence[Site]) -> str:
         for weight in weights:
             digest.update(f"{site.name}{tuple(weight.shape)}".encode())
             digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest every parameter and buffer exactly; what `weights_fingerprint` is too forgiving for.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ class SiteReport:
         calls: attention calls answered (a checkpointed forward counts its recomputation too).
         dense_calls: of these, the ones that went to plain dense attention by rule.
         seconds: time spent in answered calls, selection included.
-        sparsity: dropped share of patch-block pairs, averaged over calls, or None without a call.
+        sparsity: dropped share of the patch-block pairs of all calls together, or None without a call.
         sparsity_all_keys: dropped share of all key blocks seen by patch queries, special ones included.
         head_sparsity: `sparsity` of every head.
     """
@@ -125,16 +125,16 @@ class Tally:
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         return event
 
-    def stop(self, started: Any) -> None:
+    def stop(self, started: Any, device: torch.device) -> None:
         """Stop the clock of one call."""
         if isinstance(started, float):
             self._seconds += time.perf_counter() - started
             return
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         self._events.append((started, event))
         if len(self._events) > 4096:
             self._settle_events()

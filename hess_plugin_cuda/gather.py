@@ -22,7 +22,7 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: 
     """Attention over block lists; see `block_sparse_attention` for the arguments.
 
     Heads that keep everything go through one dense call, and so do the special queries. Reads the lengths of
-    the lists on the host, so it waits for a GPU once.
+    the lists on the host, for which it waits for a GPU several times.
     """
     batch, heads, _, width = q.shape
     patches = lists.query_tokens

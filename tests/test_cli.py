@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -317,3 +318,29 @@ def test_in_a_shell_a_mistake_is_one_line_and_verbose_shows_the_traceback(tmp_pa
         assert done.stderr.startswith("Traceback") and "ProfileError" in done.stderr
     else:
         assert done.stderr.startswith("Error: none.hess") and done.stderr.count("\n") == 1
+
+
+def test_evaluate_measures_every_arm(invoke: Invoke, data: str, profile: Path) -> None:
+    options = ["--model", "demo", "--data", data, "--block-q", "8", "--block-k", "8", "--profile", profile]
+    arms = ["--arm", "uniform", "--arm", "reverse", "--arm", "uncapped", "--sparsity", "0.5", "--sparsity", "0.8"]
+    result = invoke("evaluate", *options, *arms, "--csv", "a.csv")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("| reverse") == 2 and result.output.count("| dense") == 1
+    with Path("a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == {"dense", "uniform", "reverse", "uncapped"} and len(rows) == 2 * 7
+    matched = [row for row in rows if row["arm"] in ("uniform", "reverse")]
+    assert all(float(row["sparsity"]) == pytest.approx(float(row["target"]), abs=0.02) for row in matched)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (("--sparsity", "1.2"), "sparsity is 1.2"),
+        (("--arm", "hess"), "arm 'hess' divides budgets by a profile and none was given"),
+        (("--arm", "best"), "allocation is 'best', wanted one of uniform"),
+    ],
+)
+def test_evaluate_refuses_an_arm_before_it_runs(invoke: Invoke, data: str, wrong: tuple[str, ...], words: str) -> None:
+    assert_one_sentence(invoke("evaluate", "--model", "demo", "--data", data, *wrong, "--csv", "a.csv"), words)
+    assert left_behind() == []

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
-from hess_plugin.profiles import ERROR_NAMES, Profile, weights_fingerprint
+from hess_plugin.profiles import ERROR_NAMES, Profile, model_digest, weights_fingerprint
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import PROJECTIONS, Site
 
@@ -85,7 +84,12 @@ def calibrate(
     provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "camera_weight_source": family.source}
     record = Record.open(
         None if output is None else Path(f"{output}.partial"),
-        {"adapter": chosen.name, "fingerprint": fingerprint, "sites": [site.name for site in sites], **provenance},
+        {
+            "adapter": chosen.name,
+            "sites": [site.name for site in sites],
+            "model_digest": "" if output is None else model_digest(model),
+            **provenance,
+        },
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     names = _measure_all(chosen, model, sites, scenes, record, eps, autocast, progress)
@@ -127,14 +131,16 @@ def _measure_all(
     total = len(scenes) if isinstance(scenes, Sized) else 0
     # A caller under inference_mode gets its gradients all the same.
     with torch.inference_mode(False), only_sites_require_grad(model, sites) as weights:
-        for name, load in _named(scenes):
-            if name in names:
-                raise CalibrationError(f"two scenes are called {name!r}; give every scene its own name.")
+        for scene in scenes:
+            if scene.name in names:
+                raise CalibrationError(f"two scenes are called {scene.name!r}; give every scene its own name.")
             if progress is not None:
-                progress(len(names), total, name)
-            names.append(name)
-            if not record.done(name):
-                _measure(adapter, model, sites, weights, name, load(), record, eps, autocast)
+                progress(len(names), total, scene.name)
+            names.append(scene.name)
+            # Also finished scenes are read again: a scene that changed since must not keep its old traces.
+            digest = scene.digest()
+            if not record.done(scene.name, digest):
+                _measure(adapter, model, sites, weights, scene, digest, record, eps, autocast)
     if progress is not None:
         progress(len(names), len(names), "")
     if not any(name in record.traces for name in names):
@@ -145,36 +151,18 @@ def _measure_all(
     return names
 
 
-def _named(scenes: Iterable[Scene]) -> Iterator[tuple[str, Callable[[], Scene]]]:
-    """Pair every scene's name with a way to load it; a sequence with `names` is not read before it is needed."""
-    names: Sequence[str] | None = getattr(scenes, "names", None)
-    if names is None or not isinstance(scenes, Sequence):
-        for scene in scenes:
-            yield scene.name, functools.partial(_same, scene)
-    else:
-        for index, name in enumerate(names):
-            yield name, functools.partial(scenes.__getitem__, index)
-
-
-def _same(scene: Scene) -> Scene:
-    return scene
-
-
 def _measure(
     adapter: Adapter,
     model: nn.Module,
     sites: Sequence[Site],
     weights: Sequence[nn.Parameter],
-    name: str,
     scene: Scene,
+    digest: str,
     record: Record,
     eps: float,
     autocast: torch.dtype | None,
 ) -> None:
-    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason.
-
-    It is recorded as `name`, which a folder may choose differently from the scene in it.
-    """
+    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason."""
     device = weights[0].device
     forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     try:
@@ -183,7 +171,9 @@ def _measure(
             errors = adapter.compute_errors(model, scene, eps)
         present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
         if not present:
-            raise CalibrationError(f"scene {name} has neither a camera nor a point error; give it views or depth.")
+            raise CalibrationError(
+                f"scene {scene.name} has neither a camera nor a point error; give it views or depth."
+            )
         missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
         # A copy each: safetensors refuses to write one tensor under several names.
         names = [f"{kind}.{letter}" for kind in ERROR_NAMES for letter in PROJECTIONS]
@@ -192,13 +182,13 @@ def _measure(
             found = head_traces(error, sites, weights, retain_graph=index < len(present) - 1)
             traces |= {f"{kind}.{letter}": trace for letter, trace in found.items()}
     except (CalibrationError, SceneError) as error:
-        record.skip(name, str(error))
+        record.skip(scene.name, digest, str(error))
     else:
         facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
         facts |= {f"{kind}_error": error.item() for kind, error in present}
         if errors.alignment is not None:
             facts |= {"alignment": errors.alignment.method, "inliers": errors.inliers}
-        record.add(name, traces, facts)
+        record.add(scene.name, digest, traces, facts)
 
 
 def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:

@@ -105,7 +105,11 @@ def scene_errors(
         CalibrationError: as `align` and `point_error`, or when no predicted point is confident.
         SceneError: when the scene has no size to normalise by.
     """
-    scene = scene.normalised()
+    with torch.autocast(prediction.points.device.type, enabled=False):
+        return _scene_errors(prediction, scene.normalised(), eps, max_points, seed)
+
+
+def _scene_errors(prediction: Prediction, scene: Scene, eps: float, max_points: int | None, seed: int) -> Errors:
     alignment = align(prediction, scene, seed=seed)
     camera = camera_error(prediction.centres, scene.centres, alignment.similarity)
     cloud = scene.cloud()

@@ -28,6 +28,7 @@ class Record:
         traces: by scene, by ``"<error>.<projection>"``: float64 ``[L, H]``.
         facts: by scene, how it was measured (scale, alignment, errors), JSON types only.
         skipped: reason by scene, for scenes that gave no usable error.
+        digests: by scene, `Scene.digest` of what was measured or skipped.
     """
 
     path: Path | None
@@ -36,6 +37,7 @@ class Record:
     traces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | None, settings: dict[str, Any], started: str) -> Record:
@@ -53,7 +55,8 @@ class Record:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[_METADATA_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            record.started, record.facts, record.skipped = (header[k] for k in ("started", "facts", "skipped"))
+            record.started, record.facts = header["started"], dict(header["facts"])
+            record.skipped, record.digests = dict(header["skipped"]), dict(header["digests"])
             for index, scene in enumerate(header["scenes"]):
                 prefix = f"{index}."
                 record.traces[scene] = {
@@ -70,18 +73,24 @@ class Record:
                 )
         return record
 
-    def done(self, scene: str) -> bool:
-        """Whether a scene was measured or skipped already."""
-        return scene in self.traces or scene in self.skipped
+    def done(self, scene: str, digest: str) -> bool:
+        """Whether a scene was measured or skipped already; one that has changed since is forgotten."""
+        if scene not in self.traces and scene not in self.skipped:
+            return False
+        if self.digests.get(scene) == digest:
+            return True
+        for table in (self.traces, self.facts, self.skipped, self.digests):
+            table.pop(scene, None)
+        return False
 
-    def add(self, scene: str, traces: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def add(self, scene: str, digest: str, traces: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Note one scene's traces and how they were measured, and write the file."""
-        self.traces[scene], self.facts[scene] = traces, facts
+        self.traces[scene], self.facts[scene], self.digests[scene] = traces, facts, digest
         self._write()
 
-    def skip(self, scene: str, reason: str) -> None:
+    def skip(self, scene: str, digest: str, reason: str) -> None:
         """Note that a scene gave no usable error and write the file."""
-        self.skipped[scene] = reason
+        self.skipped[scene], self.digests[scene] = reason, digest
         self._write()
 
     def delete(self) -> None:
@@ -100,5 +109,6 @@ class Record:
             "scenes": scenes,
             "facts": self.facts,
             "skipped": self.skipped,
+            "digests": self.digests,
         }
         write_bytes(self.path, safetensors.torch.save(tensors, metadata={_METADATA_KEY: json.dumps(header)}))

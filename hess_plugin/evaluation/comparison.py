@@ -18,17 +18,21 @@ from torch import nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.calibration.alignment import align
+from hess_plugin.exceptions import PatchError
 from hess_plugin.files import write_bytes
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
 from hess_plugin.profiles import Profile
 from hess_plugin.scenes.scene import Scene
+from hess_plugin.settings import Settings
 
 from .clouds import pointmap_error
 from .pose import absolute_trajectory_error, auc, relative_pose_errors
 
 THRESHOLDS = (30, 15, 5, 3)
+_WITHOUT_PROFILE = ("uniform", "equal")
+_SCORE_OPTIONS = ("camera_weight", "projection", "strict")
 METRICS = ("auc30", "auc15", "auc5", "auc3", "ate", "point_error", "sparsity", "seconds")
 
 
@@ -59,7 +63,8 @@ class Measurement:
         auc30: area under the accuracy curve of relative poses up to 30 degrees, 0 to 1 (larger is better);
             `auc15`, `auc5`, `auc3` likewise.
         ate: camera-centre RMSE after similarity alignment, in units of the normalised scene.
-        point_error: mean distance of predicted to true points at the same pixels after alignment, same unit.
+        point_error: mean distance of predicted to true points at the same pixels after alignment, same unit; NaN for
+            a scene without depth.
         seconds: wall time of the forward.
     """
 
@@ -133,6 +138,7 @@ def compare(
     Returns:
         One measurement for each scene and arm, scenes outermost.
     """
+    _check_arms(arms, profile)
     chosen = resolve_adapter(model, adapter, manager)
     device = next(model.parameters()).device
     rows: list[Measurement] = []
@@ -143,20 +149,31 @@ def compare(
         for arm in arms:
             if progress is not None:
                 progress(scene.name, f"{arm.name} {arm.sparsity:g}" if arm.sparsity else arm.name)
-            guided = arm.allocation not in ("uniform", "equal")
+            guided = arm.allocation not in _WITHOUT_PROFILE
             prediction, sparsity, seconds = _run(chosen, model, scene, arm, profile if guided else None, options)
             rows.append(_measure(scene, arm, prediction, sparsity, seconds))
     return rows
+
+
+def _check_arms(arms: Sequence[Arm], profile: Profile | None) -> None:
+    """Refuse an arm that could not run, before the first forward of the others."""
+    for arm in arms:
+        if arm.sparsity != 0.0:
+            Settings(sparsity=arm.sparsity, sparse_ratio=None, cdf_threshold=None, allocation=arm.allocation)
+        if profile is None and arm.allocation not in _WITHOUT_PROFILE:
+            raise PatchError(f"arm {arm.name!r} divides budgets by a profile and none was given; pass profile=...")
 
 
 def _run(
     adapter: Adapter, model: nn.Module, scene: Scene, arm: Arm, profile: Profile | None, options: dict[str, Any]
 ) -> tuple[Prediction, float, float]:
     """Run one arm on one scene: prediction, measured sparsity, seconds."""
+    if profile is None:  # settings of a profile's scores mean nothing to this arm
+        options = {name: value for name, value in options.items() if name not in _SCORE_OPTIONS}
     with torch.inference_mode():
         if arm.sparsity == 0.0:
-            started = time.perf_counter()
-            return adapter.predict(model, scene.images), 0.0, time.perf_counter() - started
+            prediction, seconds = _timed(adapter, model, scene)
+            return prediction, 0.0, seconds
         with patch(
             model,
             profile=profile,
@@ -166,24 +183,38 @@ def _run(
             manager=adapter.manager,
             **options,
         ) as handle:
-            started = time.perf_counter()
-            prediction = adapter.predict(model, scene.images)
-            seconds = time.perf_counter() - started
+            prediction, seconds = _timed(adapter, model, scene)
         return prediction, handle.report().sparsity or 0.0, seconds
+
+
+def _timed(adapter: Adapter, model: nn.Module, scene: Scene) -> tuple[Prediction, float]:
+    """One forward and its wall time; a GPU has finished before each clock is read."""
+    _finish(scene.images.device)
+    started = time.perf_counter()
+    prediction = adapter.predict(model, scene.images)
+    _finish(scene.images.device)
+    return prediction, time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _measure(scene: Scene, arm: Arm, prediction: Prediction, sparsity: float, seconds: float) -> Measurement:
     rotation, translation = relative_pose_errors(prediction.c2w, scene.c2w)
     worst = torch.maximum(rotation, translation)
     areas = {f"auc{threshold}": float(auc(worst, threshold)) for threshold in THRESHOLDS}
-    similarity = align(prediction, scene, icp=False).similarity
+    point_error = math.nan
+    if scene.depth is not None:
+        point_error = pointmap_error(prediction, scene, align(prediction, scene, icp=False).similarity)
     return Measurement(
         scene=scene.name,
         arm=arm.name,
         target=arm.sparsity,
         sparsity=sparsity,
         ate=float(absolute_trajectory_error(prediction.c2w, scene.c2w)),
-        point_error=float(pointmap_error(prediction, scene, similarity)),
+        point_error=point_error,
         seconds=seconds,
         **areas,
     )
@@ -211,8 +242,9 @@ def _differences(by_scene: dict[str, Measurement], baseline: dict[str, Measureme
 
 
 def _statistic(columns: list[list[float]]) -> Statistic:
-    """Mean and standard error of each metric's column."""
-    mean = {m: statistics.fmean(c) for m, c in zip(METRICS, columns, strict=True)}
+    """Mean and standard error of each metric's column, over the scenes that have the metric."""
+    columns = [[value for value in column if not math.isnan(value)] for column in columns]
+    mean = {m: statistics.fmean(c) if c else math.nan for m, c in zip(METRICS, columns, strict=True)}
     spread = [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else math.nan for c in columns]
     return Statistic(mean, dict(zip(METRICS, spread, strict=True)))
 

@@ -49,6 +49,8 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
 
 
 def _with_error(value: float, error: float, decimals: int, signed: bool = False) -> str:
+    if math.isnan(value):
+        return "-"
     text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
     return text if math.isnan(error) else f"{text} ± {error:.{decimals}f}"
 

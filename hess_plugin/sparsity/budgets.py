@@ -118,6 +118,7 @@ def _water_fill(total: Tensor, weights: Tensor, floor: int, cap: int) -> Tensor:
     weights = weights / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     weights, _ = torch.broadcast_tensors(weights, total.unsqueeze(-1))
     zero = weights <= 1e-30
+    weights = torch.where(zero, 0.0, weights)
     safe = torch.where(zero, 1.0, weights)
     kinks = torch.cat([floor / safe, cap / safe], -1)
     kinks = torch.where(torch.cat([zero, zero], -1), 0.0, kinks).sort(-1).values

@@ -160,3 +160,15 @@ def test_no_confident_point_is_told(make_room: MakeRoom, predict: Predict) -> No
 def test_no_camera_is_told() -> None:
     with pytest.raises(CalibrationError, match="give two"):
         camera_error(torch.zeros(0, 3), torch.zeros(0, 3), Similarity.identity())
+
+
+def test_errors_are_the_same_inside_autocast(make_room: MakeRoom, predict: Predict) -> None:
+    """Autocast rounds every matrix product to half precision; coordinates must not be among them."""
+    scene = make_room()
+    prediction, _ = predict(scene, noise=0.01)
+    outside = scene_errors(prediction, scene)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = scene_errors(prediction, scene)
+    for name in ("camera", "points"):
+        assert torch.equal(getattr(inside, name), getattr(outside, name))
+    assert torch.equal(inside.alignment.similarity.matrix(), outside.alignment.similarity.matrix())

@@ -99,3 +99,24 @@ def test_unproject_is_differentiable_in_depth_and_cameras() -> None:
     depth = (1 + torch.rand(1, 2, 3, dtype=torch.float64)).requires_grad_()
     inputs = (depth, intrinsics.requires_grad_(), c2w.requires_grad_())
     assert torch.autograd.gradcheck(unproject, inputs)
+
+
+def test_coordinates_keep_their_digits_under_autocast() -> None:
+    from hess_plugin.geometry import invert_rigid, project, quaternion_to_matrix, to_world, unproject
+
+    torch.manual_seed(0)
+    c2w = torch.eye(4).repeat(2, 1, 1)
+    c2w[:, :3, :3], c2w[:, :3, 3] = quaternion_to_matrix(torch.randn(2, 4)), torch.randn(2, 3)
+    intrinsics = torch.tensor([[50.0, 0, 9.5], [0, 50, 7.5], [0, 0, 1]]).repeat(2, 1, 1)
+    depth = torch.rand(2, 16, 20) + 1
+
+    def everything() -> list[torch.Tensor]:
+        points = unproject(depth, intrinsics, c2w)
+        local = to_world(points, invert_rigid(c2w))
+        return [points, local, *project(points, intrinsics, c2w)]
+
+    plain = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = everything()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    torch.testing.assert_close(plain[1][..., 2], depth)

@@ -216,3 +216,8 @@ def test_spread_gives_the_remainder_to_the_rows_that_gain_most(
     assert spread(budgets, rows, columns).tolist() == [spread_slowly(b, rows, [0.0] * rows) for b in budgets.tolist()]
     batched: Tensor = spread(budgets.expand(3, 2), rows, columns, gains.expand(3, 2, rows))
     assert torch.equal(batched, counts.expand(3, 2, rows))
+
+
+def test_a_vanishing_score_does_not_lose_a_block() -> None:
+    weights = torch.tensor([1.0, 1e-29, 9e-31], dtype=torch.float64)
+    assert int(allocate(1075, weights, rows=10, columns=100).sum()) == 1075
