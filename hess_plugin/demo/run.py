@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hess_plugin import __version__
 from hess_plugin.calibration.calibrator import calibrate
 from hess_plugin.evaluation.comparison import Arm, Measurement, Summary, compare, summarise, write_csv
@@ -57,20 +59,30 @@ class DemoResult:
 def run_demo(output: str | Path, settings: DemoSettings | None = None, progress: Progress | None = None) -> DemoResult:
     """Calibrate, compare and write profile, CSV, table and pictures into a directory.
 
+    Runs on one thread: the sequences are short, and on a busy machine waiting for a second thread costs more than
+    it gives.
+
     Args:
         output: directory, made if missing; files of an earlier demo are replaced.
         settings: size of the demo.
         progress: called as ``progress(stage, done, total, what)``.
     """
-    settings = settings or DemoSettings()
-    folder = Path(output)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(Path(output), settings or DemoSettings(), progress or _silent)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _silent(stage: str, done: int, total: int, what: str) -> None:
+    """Tell nobody."""
+
+
+def _run(folder: Path, settings: DemoSettings, note: Progress) -> DemoResult:
     paths = {name: folder / name for name in ("demo.hess", "results.csv", "table.md", "heads.png", "trade_off.png")}
     model = load_demo_model()
     protocol = _protocol(settings)
-
-    def note(stage: str, done: int, total: int, what: str) -> None:
-        if progress is not None:
-            progress(stage, done, total, what)
 
     # A finished demo leaves no partial file, so every run calibrates; one that was killed goes on from its own.
     profile = calibrate(
