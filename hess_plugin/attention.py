@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +18,8 @@ from .report import Tally
 from .settings import Settings
 from .sites import Site, TokenLayout
 
+_log = logging.getLogger(__name__)
+_TOLD_SHORTFALL = 0.02
 _ANY_KERNEL = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -34,6 +38,7 @@ class SiteAttention:
         self.tally = Tally(site)
         self._plans: dict[tuple[TokenLayout, torch.device], Plan] = {}
         self._weights: Tensor | None = None
+        self._first = index == 0  # tells for all sites
         if settings.allocation != "uniform":
             even = torch.ones(site.num_heads, dtype=torch.float64)
             seed = settings.seed * 1009 + index  # every site shuffles differently
@@ -88,7 +93,22 @@ class SiteAttention:
         if plan is None:
             plan = make_plan(layout, self.settings, self._weights, self.site.num_heads, query.device)
             self._plans[key] = plan
+            if self._first:
+                self._tell_shortfall(plan)
         return plan
+
+    def _tell_shortfall(self, plan: Plan) -> None:
+        """Say once a layout when the input has too few blocks for the sparsity asked for."""
+        settings, cap = self.settings, self.site.num_heads * plan.pairs
+        reached = 0.0 if plan.dense else 1.0 - plan.kept / cap
+        asked = None if settings.allocation == "uncapped" else settings.sparsity  # uncapped loses surplus by design
+        if asked is not None and abs(asked - reached) > _TOLD_SHORTFALL:
+            _log.warning(
+                "sparsity %g asked for, %.2f reached: %d patch tokens are %d x %d blocks of %d x %d, every row keeps "
+                "%d; give smaller block_q and block_k, or more views",
+                asked, reached, plan.layout.patch_tokens, plan.rows, plan.columns, settings.block_q,
+                settings.block_k, settings.minimum,
+            )  # fmt: skip
 
     def _sparse(self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         device_type = query.device.type

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .exceptions import HessError
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -37,3 +39,25 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_writable(path: str | Path, suffix: str | None = None) -> None:
+    """Check before long work that a file can be written at its end.
+
+    Args:
+        path: the file; its directory may be missing yet.
+        suffix: ending it must have, for a format that goes by it.
+
+    Raises:
+        HessError: it cannot be written there.
+    """
+    target = Path(path)
+    if suffix is not None and target.suffix.lower() != suffix:
+        raise HessError(f"{target} was given as output, wanted a name that ends in {suffix}.")
+    if target.is_dir():
+        raise HessError(f"{target} was given as output and is a directory; give a file name in it.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise HessError(f"{target} cannot be written: {parent} is not a directory you may write to; choose another.")

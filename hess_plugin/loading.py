@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -85,7 +87,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol, which is not the user's business
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load it without protection.
+        raise HessError(
+            f"weights file {path} cannot be read (truncated, or it holds objects other than tensors, which could run "
+            "code); download it again, or save its state dict as safetensors."
+        ) from error
     except Exception as error:  # zip, pickle and safetensors errors have no common base
         raise HessError(f"weights file {path} cannot be read ({_first_line(error)}); download it again.") from error
     for key in ("model", "state_dict"):

@@ -159,9 +159,9 @@ def patch(
         raise PatchError(
             f"camera_weight={camera_weight} weighs a profile's errors and none was given; pass profile=FILE."
         )
+    chosen = resolve_adapter(model, adapter, manager)
     if is_patched(model):
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
-    chosen = resolve_adapter(model, adapter, manager)
     sites = chosen.sites(model)
     scores = _scores(profile, sites, camera_weight, projection, strict)
     backend_name = _resolve_backend(backend, sites[0])
@@ -200,8 +200,10 @@ def _scores(
     """Read a profile, check it against the sites and return its scores ``[L, H]``."""
     if profile is None:
         return None
-    if not isinstance(profile, Profile):
+    if isinstance(profile, (str, Path)):
         profile = Profile.load(profile)
+    if not isinstance(profile, Profile):
+        raise PatchError(f"profile is of type {type(profile).__name__}, wanted a Profile or the name of its file.")
     profile.check(sites, weights_fingerprint(sites) if strict else None)
     return profile.scores(weight, projection)
 

@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pluggy
+from torch import nn
 
 from . import hookspecs
 from .adapting import Adapter
@@ -15,14 +16,13 @@ from .exceptions import AdapterError, AmbiguousModel, UnknownModel
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 BUILT_IN = {
     "vggt": "hess_plugin.adapters.vggt",
     "pi3": "hess_plugin.adapters.pi3",
     "demo": "hess_plugin.demo.loader",
 }
-GUIDE = "adapters/README.md"
+GUIDE = "hess_plugin/adapters/README.md"
 
 
 def get_plugin_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
@@ -81,6 +81,8 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
         UnknownModel: no adapter claims the model, or none has this name.
         AmbiguousModel: two or more claim it.
     """
+    if not isinstance(model, nn.Module):
+        raise UnknownModel(f"a model of type {type(model).__name__} was given, wanted a torch.nn.Module.")
     manager = manager or get_plugin_manager()
     known = sorted(name for name, plugin in manager.list_name_plugin() if plugin is not None)
     if name is not None:
@@ -92,7 +94,9 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
     if not claims:
         raise UnknownModel(f"no adapter claims {kind}; known: {', '.join(known)}; write one: {GUIDE}.")
     if len(claims) > 1:
-        raise AmbiguousModel(f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME.")
+        raise AmbiguousModel(
+            f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME (--adapter NAME)."
+        )
     return Adapter(claims[0], manager)
 
 

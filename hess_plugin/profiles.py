@@ -137,7 +137,7 @@ class Profile:
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ProfileMismatch(
                 f"the profile was calibrated on other weights ({self.fingerprint}, this model has {fingerprint}); "
-                "calibrate this model, or pass strict=False to use the profile all the same."
+                "calibrate this model, or pass strict=False (--any-weights) to use the profile all the same."
             )
 
     def with_camera_weight(self, camera_weight: float) -> Profile:

@@ -244,7 +244,7 @@ def test_a_truncated_profile(invoke: Invoke, profile: Path, keep: int) -> None:
 
 def test_a_picture_of_an_unknown_kind_is_one_sentence(invoke: Invoke, profile: Path) -> None:
     for name in ("heads.nonsense", "heads", "heads.pdf"):
-        assert_one_sentence(invoke("show", profile, "--png", name), f"{name} cannot be written", ".png")
+        assert_one_sentence(invoke("show", profile, "--png", name), f"{name} was given as output", ".png")
     assert left_behind() == []
 
 
@@ -323,7 +323,7 @@ def test_in_a_shell_a_mistake_is_one_line_and_verbose_shows_the_traceback(tmp_pa
 def test_evaluate_measures_every_arm(invoke: Invoke, data: str, profile: Path) -> None:
     options = ["--model", "demo", "--data", data, "--block-q", "8", "--block-k", "8", "--profile", profile]
     arms = ["--arm", "uniform", "--arm", "reverse", "--arm", "uncapped", "--sparsity", "0.5", "--sparsity", "0.8"]
-    result = invoke("evaluate", *options, *arms, "--csv", "a.csv")
+    result = invoke("evaluate", *options, *arms, "-o", "a.csv")
     assert result.exit_code == 0, result.output
     assert result.output.count("| reverse") == 2 and result.output.count("| dense") == 1
     with Path("a.csv").open() as file:
@@ -342,5 +342,5 @@ def test_evaluate_measures_every_arm(invoke: Invoke, data: str, profile: Path) -
     ],
 )
 def test_evaluate_refuses_an_arm_before_it_runs(invoke: Invoke, data: str, wrong: tuple[str, ...], words: str) -> None:
-    assert_one_sentence(invoke("evaluate", "--model", "demo", "--data", data, *wrong, "--csv", "a.csv"), words)
+    assert_one_sentence(invoke("evaluate", "--model", "demo", "--data", data, *wrong, "-o", "a.csv"), words)
     assert left_behind() == []

@@ -199,7 +199,9 @@ def test_two_claims_are_named_and_one_can_be_chosen() -> None:
     manager = get_plugin_manager(entry_points=False)
     register(manager, my_adapter(), "b")
     register(manager, my_adapter(hess_find_global_attention=lambda model: []), "a")
-    with pytest.raises(AmbiguousModel, match=r"MyNet \(.*\) is claimed by a and b; choose one with adapter=NAME\."):
+    with pytest.raises(
+        AmbiguousModel, match=r"MyNet \(.*\) is claimed by a and b; choose one with adapter=NAME \(--adapter NAME\)\."
+    ):
         resolve_adapter(MyNet(), manager=manager)
     model = MyNet()
     assert len(resolve_adapter(model, "b", manager).sites(model)) == 2

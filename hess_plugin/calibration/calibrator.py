@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hess_plugin import __version__
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
+from hess_plugin.files import check_writable
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import ERROR_NAMES, Profile, model_digest, weights_fingerprint
@@ -71,8 +73,9 @@ def calibrate(
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """
-    if is_patched(model):
-        raise PatchError("this model is patched; remove the patch before calibrating.")
+    _check_arguments(model, scenes, camera_weight, eps)
+    if output is not None:
+        check_writable(output)
     chosen = resolve_adapter(model, adapter, manager)
     sites = chosen.sites(model)
     heads = {site.num_heads for site in sites}
@@ -114,6 +117,21 @@ def calibrate(
         profile.save(output)
         record.delete()
     return profile
+
+
+def _check_arguments(model: nn.Module, scenes: Iterable[Scene], camera_weight: float | None, eps: float) -> None:
+    """Refuse now what would only be noticed after the last scene."""
+    if isinstance(scenes, (str, Path, Scene)):
+        raise CalibrationError(
+            f"scenes is of type {type(scenes).__name__}, wanted a sequence of scenes; read folders with "
+            "hess_plugin.scenes.read_scenes, put a single scene into a list."
+        )
+    if not eps > 0:
+        raise CalibrationError(f"eps is {eps}, wanted a distance above 0 in units of the normalised scene.")
+    if camera_weight is not None and not 0.0 <= camera_weight <= 1.0:
+        raise CalibrationError(f"camera_weight is {camera_weight}, wanted a number from 0 (points) to 1 (camera).")
+    if isinstance(model, nn.Module) and is_patched(model):
+        raise PatchError("this model is patched; remove the patch before calibrating.")
 
 
 def _measure_all(
@@ -207,7 +225,17 @@ def _provenance(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any
         "device": parameter.device.type,
         "versions": {
             "hess_plugin": __version__,
-            "torch": torch.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,
+            **_installed("numpy", "faiss-cpu", "faiss-gpu", "open3d-cpu", "open3d"),
         },
     }
+
+
+def _installed(*names: str) -> dict[str, str]:
+    """Versions of those distributions that are installed; alignment and matches depend on them."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

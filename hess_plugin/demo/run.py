@@ -81,10 +81,12 @@ def _silent(stage: str, done: int, total: int, what: str) -> None:
 
 def _run(folder: Path, settings: DemoSettings, note: Progress) -> DemoResult:
     paths = {name: folder / name for name in ("demo.hess", "results.csv", "table.md", "heads.png", "trade_off.png")}
+    for path in paths.values():
+        path.unlink(missing_ok=True)  # results of an earlier demo must not stand beside the new profile
     model = load_demo_model()
     protocol = _protocol(settings)
 
-    # A finished demo leaves no partial file, so every run calibrates; one that was killed goes on from its own.
+    # A calibration that was killed goes on from its partial file; a demo killed later calibrates again.
     profile = calibrate(
         model,
         RoomScenes("calibration", settings.calibration, settings.views),
@@ -128,5 +130,6 @@ def _protocol(settings: DemoSettings) -> str:
         f"Demo model on synthetic rooms: {settings.test} test scenes x {settings.views} views, profile from "
         f"{settings.calibration} other scenes, blocks {settings.block} x {settings.block}, mean ± standard error over "
         f"scenes. AUC in points; ATE and point error in units of the mean distance of true points to the first camera; "
-        f"seconds of one forward. hess-plugin {__version__}; {describe_machine()}."
+        f"seconds of one forward, too short a sequence to gain from skipping (benchmarks/end_to_end.py has longer "
+        f"ones). hess-plugin {__version__}; {describe_machine()}."
     )

@@ -18,7 +18,7 @@ from torch import nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.calibration.alignment import align
-from hess_plugin.exceptions import PatchError
+from hess_plugin.exceptions import PatchError, SceneError
 from hess_plugin.files import write_bytes
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
@@ -143,6 +143,8 @@ def compare(
     device = next(model.parameters()).device
     rows: list[Measurement] = []
     for index, scene in enumerate(scenes):
+        if scene.views < 2:
+            raise SceneError(f"scene {scene.name} has 1 view; cameras are compared in pairs, so give 2 views or more.")
         scene = scene.normalised().to(device)
         if index == 0:
             _run(chosen, model, scene, Arm("warm-up"), None, {})
@@ -157,6 +159,8 @@ def compare(
 
 def _check_arms(arms: Sequence[Arm], profile: Profile | None) -> None:
     """Refuse an arm that could not run, before the first forward of the others."""
+    if len({(arm.name, arm.sparsity) for arm in arms}) < len(arms):
+        raise PatchError("two arms have the same name and sparsity; give every arm once.")
     for arm in arms:
         if arm.sparsity != 0.0:
             Settings(sparsity=arm.sparsity, sparse_ratio=None, cdf_threshold=None, allocation=arm.allocation)

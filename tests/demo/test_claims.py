@@ -21,8 +21,6 @@ def test_budgets_by_sensitivity_help_at_high_sparsity_and_reversed_ones_hurt() -
     found = {(s.arm, s.target): s for s in summarise(rows)}
     for target in (0.75, 0.85):
         hess, reverse = (found[name, target].against["uniform"] for name in ("hess", "reverse"))
-        # "Not below" within twice the standard error of the paired difference: the claim is about the model, the
-        # sample is 24 rooms.
-        assert hess.mean["auc30"] >= -2 * hess.error["auc30"], (target, hess)
+        assert hess.mean["auc30"] >= 0.0, (target, hess)
         assert reverse.mean["auc30"] <= -0.05, (target, reverse)
         assert found["uniform", target].value.mean["sparsity"] == pytest.approx(target, abs=0.005)
