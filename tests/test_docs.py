@@ -117,3 +117,20 @@ def test_readme_commands_parse() -> None:
         used = {argument for argument in arguments if argument.startswith("-")}
         assert used <= known, f"{line}: no such option"
         assert isinstance(command, click.Command) and command.help
+
+
+def test_the_scene_of_the_readme_is_read(tmp_path: Path) -> None:
+    """The example of the format, with the images it names."""
+    from PIL import Image
+
+    from hess_plugin.scenes import read_folder
+
+    (example,) = blocks("README.md", "json")
+    for name in ("images", "depth"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cameras.json").write_text(example)
+    Image.new("RGB", (518, 392)).save(tmp_path / "images" / "0.jpg")
+    Image.new("I;16", (518, 392), 2000).save(tmp_path / "depth" / "0.png")
+    scene = read_folder(tmp_path)
+    assert scene.name == "kitchen" and scene.views == 1 and scene.depth is not None
+    assert float(scene.depth.max()) == pytest.approx(2.0)
