@@ -19,15 +19,19 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        warnings.formatwarning = _one_line_warning
-        # Upstream VGGT calls a deprecated name in every forward; nothing the user can do about it.
-        warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast", category=FutureWarning)
+        shown = warnings.formatwarning
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.formatwarning = _one_line_warning
+                # Upstream VGGT calls a deprecated name in every forward; nothing the user can do about it.
+                warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast", category=FutureWarning)
+                return super().invoke(ctx)
         except (HessError, OSError) as error:  # OSError: a disk that is full, a folder that is a file, ...
             if ctx.params.get("verbose") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(_sentence(error)) from error
+        finally:
+            warnings.formatwarning = shown
 
 
 def _sentence(error: HessError | OSError) -> str:
