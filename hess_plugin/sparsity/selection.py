@@ -31,6 +31,8 @@ def select(
 ) -> BlockLists:
     """Choose the key blocks that each query block keeps.
 
+    The block map is only ever held in bounded chunks; what stays is the lists, four bytes for each kept pair.
+
     Args:
         q: patch queries `[B, H, N_q, d]`, after norm and RoPE.
         k: patch keys `[B, H, N_k, d]`.
