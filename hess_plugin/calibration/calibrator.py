@@ -84,7 +84,7 @@ def calibrate(
     family = chosen.family(model)
     weight = family.camera_weight if camera_weight is None else camera_weight
     fingerprint = weights_fingerprint(sites)
-    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "camera_weight_source": family.source}
+    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps}
     record = Record.open(
         None if output is None else Path(f"{output}.partial"),
         {
@@ -107,6 +107,7 @@ def calibrate(
         fingerprint=fingerprint,
         metadata={
             **provenance,
+            "camera_weight_source": family.source if camera_weight is None else "given",
             "created": record.started,
             "measured": {name: record.facts[name] for name in names if name in record.facts},
             "skipped": skipped,
@@ -205,7 +206,9 @@ def _measure(
         facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
         facts |= {f"{kind}_error": error.item() for kind, error in present}
         if errors.alignment is not None:
-            facts |= {"alignment": errors.alignment.method, "inliers": errors.inliers}
+            facts["alignment"] = errors.alignment.method
+        if errors.points is not None:
+            facts["inliers"] = errors.inliers
         record.add(scene.name, digest, traces, facts)
 
 

@@ -75,7 +75,7 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"{key}: {text}")
     for name, facts in profile.metadata.get("measured", {}).items():
-        lines.append(f"scene {name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()))
+        lines.append(f"scene {name}: " + "; ".join(f"{k} {_short(v)}" for k, v in facts.items()))
     lines.append(
         f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} "
         f"of {heads}"
