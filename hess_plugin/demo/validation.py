@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hess_plugin.demo.data import Batch, make_batch
-from hess_plugin.demo.losses import relative_poses
 from hess_plugin.demo.rooms import render_room, seeds
+from hess_plugin.evaluation.pose import auc, relative_pose_errors
+from hess_plugin.geometry import invert_rigid, quaternion_to_matrix
 
 VALIDATION_SCENES = 64
 VALIDATION_VIEWS = 8
@@ -21,7 +23,7 @@ class ValidationRow:
     """Means over scenes, except the two medians over view pairs.
 
     Attributes:
-        auc30: area under the accuracy curve of the larger of the two angle errors, up to 30 degrees.
+        auc30: area under the accuracy curve of the larger of the two angle errors, up to 30 degrees; mean over scenes.
         rotation: median relative rotation error, degrees.
         translation: median error of the relative translation direction, degrees.
         points: mean distance of world points, in units of the mean distance to the first camera.
@@ -59,7 +61,7 @@ def validate(model: nn.Module, batch: Batch) -> ValidationRow:
         depth.append((out["depth"].squeeze(-1) - batch.depth[chunk]).abs().mean(dim=(1, 2, 3)))
     rotation, translation = torch.cat(angles, dim=1)
     return ValidationRow(
-        auc30=float(auc(torch.maximum(rotation, translation)).mean()),
+        auc30=statistics.fmean(auc(errors, 30) for errors in torch.maximum(rotation, translation)),
         rotation=float(rotation.median()),
         translation=float(translation.median()),
         points=float(torch.cat(points).mean()),
@@ -68,18 +70,15 @@ def validate(model: nn.Module, batch: Batch) -> ValidationRow:
 
 
 def pose_errors(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles in degrees `[B, Q]` between the relative rotations, and translations, of `[B, S, 9]`."""
-    (rotation_a, translation_a), (rotation_b, translation_b) = relative_poses(predicted), relative_poses(true)
-    cosine = ((rotation_a * rotation_b).sum((-2, -1)) - 1) / 2
-    direction = torch.cosine_similarity(translation_a, translation_b, dim=-1)
-    return _degrees(cosine), _degrees(direction)
+    """Errors in degrees `[B, Q]` of the relative rotations, and translation directions, of encodings `[B, S, 9]`."""
+    scenes = zip(camera_to_world(predicted), camera_to_world(true), strict=True)
+    rotation, translation = zip(*(relative_pose_errors(*poses) for poses in scenes), strict=True)
+    return torch.stack(rotation), torch.stack(translation)
 
 
-def auc(errors: Tensor, threshold: int = 30) -> Tensor:
-    """VGGT's AUC over the last axis: mean, over 1 to `threshold` degrees, of the share of errors below."""
-    degrees = torch.arange(1, threshold + 1, device=errors.device, dtype=errors.dtype)
-    return (errors.unsqueeze(-1) < degrees).to(errors.dtype).mean(dim=(-2, -1))
-
-
-def _degrees(cosine: Tensor) -> Tensor:
-    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+def camera_to_world(pose_enc: Tensor) -> Tensor:
+    """Poses `[B, S, 4, 4]` of VGGT's encodings `[B, S, 9]`, which are camera from world."""
+    rotation = quaternion_to_matrix(pose_enc[..., 3:7].double())
+    top = torch.cat([rotation, pose_enc[..., :3, None].double()], dim=-1)
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=top.dtype, device=top.device)
+    return invert_rigid(torch.cat([top, bottom.expand(*top.shape[:-2], 1, 4)], dim=-2))

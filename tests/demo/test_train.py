@@ -18,7 +18,7 @@ from hess_plugin.demo.optimizer import orthogonalise
 from hess_plugin.demo.rooms import SPLITS, render_room
 from hess_plugin.demo.train import main
 from hess_plugin.demo.trainer import TrainConfig, Trainer
-from hess_plugin.demo.validation import auc, pose_errors, validate
+from hess_plugin.demo.validation import pose_errors, validate
 from hess_plugin.geometry import quaternion_to_matrix
 
 
@@ -108,11 +108,6 @@ def test_perfect_poses_have_no_error() -> None:
     assert rotation.max() < 0.1 and translation.max() < 0.1
     assert camera_loss([target], target) < 0.01
     assert camera_loss([target + 0.1], target) > 0.05
-
-
-def test_auc_is_vggts() -> None:
-    assert auc(torch.tensor([0.0, 100.0])) == 0.5
-    assert auc(torch.tensor([14.5])) == pytest.approx(16 / 30)
 
 
 def test_correspondence_loss_prefers_matching_features() -> None:
