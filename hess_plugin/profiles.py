@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,6 @@ class Profile:
                 f"the profile was calibrated on other weights ({self.fingerprint}, this model has {fingerprint}); "
                 "calibrate this model, or pass strict=False (--any-weights) to use the profile all the same."
             )
-
-    def with_camera_weight(self, camera_weight: float) -> Profile:
-        """Return the same profile with another default camera weight."""
-        return replace(self, camera_weight=camera_weight)
 
     def save(self, path: str | Path) -> None:
         """Write the profile as safetensors with JSON metadata, atomically."""

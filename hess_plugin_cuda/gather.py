@@ -71,9 +71,9 @@ class _Gathering:
                 yield some, self._tokens(some, blocks, length)
 
     def _chunk_tokens(self) -> int:
-        # On a CPU the gathered keys of a chunk should still be in the cache when they are used: 1 MiB measured best for
-        # one thread, 64 MiB costs 1.6 times as much. Several threads meet after every step, so their chunks are larger:
-        # on a busy machine every meeting waits for the slowest. A GPU wants few launches instead.
+        # On a CPU the gathered keys of a chunk should still be in the cache when they are used: about 1 MiB for one
+        # thread, where chunks of 64 MiB are clearly slower. Several threads meet after every step, so their chunks are
+        # larger: on a busy machine every meeting waits for the slowest. A GPU wants few launches instead.
         threads = torch.get_num_threads()
         size = 2**20 if threads == 1 else 2**20 * max(8, threads)
         if self.lists.device.type != "cpu":

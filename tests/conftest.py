@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig
 from hess_plugin.demo.rooms import make_scene
+from hess_plugin.geometry import Similarity, quaternion_to_matrix
 from hess_plugin.scenes.scene import Scene
 
 
@@ -40,3 +42,17 @@ def real_scenes() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real scenes in {folder}: set HESS_TEST_SCENES to a folder of scene-v1 scenes")
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_similarity() -> Callable[[int], Similarity]:
+    """A similarity with any rotation for each seed."""
+
+    def make(seed: int) -> Similarity:
+        generator = torch.Generator().manual_seed(seed)
+        quaternion = torch.randn(4, generator=generator, dtype=torch.float64)
+        scale = 0.2 + 3 * torch.rand((), generator=generator, dtype=torch.float64)
+        shift = torch.randn(3, generator=generator, dtype=torch.float64)
+        return Similarity(scale, quaternion_to_matrix(quaternion), shift)
+
+    return make

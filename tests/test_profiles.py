@@ -251,14 +251,6 @@ def test_scores_refuse_what_they_cannot_mix(weight: float, projection: str) -> N
         make().scores(weight, projection)
 
 
-def test_another_camera_weight_is_another_profile() -> None:
-    profile = make()
-    other = profile.with_camera_weight(0.9)
-    assert profile.camera_weight == 0.3 and torch.equal(other.scores(), profile.scores(0.9))
-    with pytest.raises(ProfileError):
-        profile.with_camera_weight(2.0)
-
-
 # ---------------------------------------------------------------- whose it is
 
 

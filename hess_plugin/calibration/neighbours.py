@@ -93,7 +93,7 @@ def _build(points: Any, seed: int) -> Any:
 def _matrix_products() -> Iterator[None]:
     """Have Faiss compute distances by matrix products, as it always did, for small batches too.
 
-    Recent versions send smaller batches through a loop over pairs, 40 times slower with 3 numbers a point.
+    Recent versions send smaller batches through a loop over pairs, many times slower with 3 numbers a point.
     """
     settings = _import_faiss().cvar
     before = settings.distance_compute_blas_threshold

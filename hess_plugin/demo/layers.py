@@ -131,7 +131,7 @@ def _patch_places(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention; in float32 under CPU autocast, because the bfloat16 backward is four times slower."""
+    """Attention; in float32 under CPU autocast, because the bfloat16 backward is far slower."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())

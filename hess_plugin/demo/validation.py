@@ -1,4 +1,7 @@
-"""The fixed validation set of the demo model, and what is measured on it."""
+"""The fixed validation set of the demo model, and what is measured on it.
+
+`python -m hess_plugin.demo.validation` prints it for the shipped weights.
+"""
 
 from __future__ import annotations
 
@@ -82,3 +85,16 @@ def camera_to_world(pose_enc: Tensor) -> Tensor:
     top = torch.cat([rotation, pose_enc[..., :3, None].double()], dim=-1)
     bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=top.dtype, device=top.device)
     return invert_rigid(torch.cat([top, bottom.expand(*top.shape[:-2], 1, 4)], dim=-2))
+
+
+def main() -> None:
+    """Print how the shipped model does on 4 and on 8 views of every validation room."""
+    from hess_plugin.demo.model import load_demo_model
+
+    model, batch = load_demo_model(), validation_set()
+    for views in (4, 8):
+        print(f"v{views} {validate(model, batch.first(views))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,9 +28,8 @@ from hess_plugin.scenes.scene import Scene
 from hess_plugin.settings import Settings
 
 from .clouds import pointmap_error
-from .pose import absolute_trajectory_error, auc, relative_pose_errors
+from .pose import absolute_trajectory_error, pose_auc
 
-THRESHOLDS = (30, 15, 5, 3)
 _WITHOUT_PROFILE = ("uniform", "equal")
 _SCORE_OPTIONS = ("camera_weight", "projection", "strict")
 METRICS = ("auc30", "auc15", "auc5", "auc3", "ate", "point_error", "sparsity", "seconds")
@@ -206,9 +205,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _measure(scene: Scene, arm: Arm, prediction: Prediction, sparsity: float, seconds: float) -> Measurement:
-    rotation, translation = relative_pose_errors(prediction.c2w, scene.c2w)
-    worst = torch.maximum(rotation, translation)
-    areas = {f"auc{threshold}": float(auc(worst, threshold)) for threshold in THRESHOLDS}
+    areas = {f"auc{threshold}": area for threshold, area in pose_auc(prediction.c2w, scene.c2w).items()}
     point_error = math.nan
     if scene.depth is not None:
         point_error = pointmap_error(prediction, scene, align(prediction, scene, icp=False).similarity)

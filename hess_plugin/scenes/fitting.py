@@ -15,17 +15,11 @@ class FittedScenes(Sequence[Scene]):
         """Remember how to fit.
 
         Args:
-            scenes: the scenes; if it has `names`, so has this.
+            scenes: the scenes.
             multiple: image sides become multiples of this.
             longest: largest image side in pixels; None keeps each scene's own.
         """
         self._scenes, self._multiple, self._longest = scenes, multiple, longest
-
-    @property
-    def names(self) -> list[str]:
-        """The scenes' names, without reading them where the scenes allow it."""
-        names = getattr(self._scenes, "names", None)
-        return list(names) if names is not None else [scene.name for scene in self._scenes]
 
     def __len__(self) -> int:
         """Number of scenes."""

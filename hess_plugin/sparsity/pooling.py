@@ -18,7 +18,7 @@ CHUNK_ENTRIES = 2**20
 def pool_tokens(x: Tensor, block: int) -> Tensor:
     """Average runs of `block` tokens, the last maybe shorter: `[B, H, N, d]` -> float32 `[B, H, T, d]`, no graph."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # One head at a time through one buffer, which stays in the cache: ten times faster than torch's own mean of a
+        # One head at a time through one buffer, which stays in the cache: many times faster than torch's own mean of a
         # low-precision tensor.
         head = torch.empty(x.shape[2:], dtype=torch.float32)
         pooled = [_pool_float(head.copy_(x[i, j]), block) for i in range(x.shape[0]) for j in range(x.shape[1])]

@@ -8,26 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hess_plugin.geometry import Similarity, invert_rigid, quaternion_to_matrix, unproject
+from hess_plugin.geometry import Similarity, invert_rigid, unproject
 from hess_plugin.predictions import Prediction
 from hess_plugin.scenes import Scene
 
 SIDES = torch.tensor([2.0, 1.5, 2.6], dtype=torch.float64)  # half the room, all different: no symmetry by a turn
 BALLS = ((0.9, 0.9, 1.6, 0.6), (-1.1, 0.8, 2.0, 0.4), (0.2, -0.9, 1.9, 0.3))  # centre, radius
-
-
-@pytest.fixture(scope="session")
-def random_similarity() -> Callable[[int], Similarity]:
-    """A similarity with any rotation for each seed."""
-
-    def make(seed: int) -> Similarity:
-        generator = torch.Generator().manual_seed(seed)
-        quaternion = torch.randn(4, generator=generator, dtype=torch.float64)
-        scale = 0.2 + 3 * torch.rand((), generator=generator, dtype=torch.float64)
-        shift = torch.randn(3, generator=generator, dtype=torch.float64)
-        return Similarity(scale, quaternion_to_matrix(quaternion), shift)
-
-    return make
 
 
 @pytest.fixture(scope="session")

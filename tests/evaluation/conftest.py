@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hess_plugin.geometry import Similarity, quaternion_to_matrix
+from hess_plugin.geometry import quaternion_to_matrix
 
 
 @pytest.fixture(scope="session")
@@ -38,19 +38,5 @@ def perturb() -> Callable[..., Tensor]:
         moved[:, :3, :3] = c2w[:, :3, :3] @ quaternion_to_matrix(quaternion)
         moved[:, :3, 3] += shift * torch.randn(len(c2w), 3, generator=generator, dtype=torch.float64)
         return moved
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def random_similarity() -> Callable[[int], Similarity]:
-    """A similarity with any rotation for each seed."""
-
-    def make(seed: int) -> Similarity:
-        generator = torch.Generator().manual_seed(seed)
-        quaternion = torch.randn(4, generator=generator, dtype=torch.float64)
-        scale = 0.2 + 3 * torch.rand((), generator=generator, dtype=torch.float64)
-        shift = torch.randn(3, generator=generator, dtype=torch.float64)
-        return Similarity(scale, quaternion_to_matrix(quaternion), shift)
 
     return make
