@@ -1,0 +1,1 @@
+"""The commands of `hess-patch`: each parses, calls one function and prints."""

@@ -1,0 +1,35 @@
+"""`hess-patch demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hess_plugin.files import check_writable
+from hess_plugin.terminal import progress_bars
+
+from .options import COUNT, FOLDER
+
+
+@click.command()
+@click.option("-o", "--output", default="hess-demo", show_default=True, type=FOLDER, help="Directory to write.")
+@click.option(
+    "--calibration-scenes", type=COUNT, default=32, show_default=True, help="Synthetic rooms to calibrate on."
+)
+@click.option(
+    "--test-scenes", type=click.IntRange(min=2), default=40, show_default=True, help="Other rooms to measure on."
+)
+@click.option("--views", type=click.IntRange(3, 256), default=16, show_default=True, help="Images of each room.")
+def demo(output: Path, calibration_scenes: int, test_scenes: int, views: int) -> None:
+    """Calibrate, patch and measure the small shipped model on synthetic rooms; a few minutes on two cores."""
+    check_writable(output / "demo.hess")
+    from hess_plugin.demo.run import DemoSettings, run_demo
+    from hess_plugin.evaluation.tables import comparison_table
+
+    with progress_bars() as note:
+        result = run_demo(output, DemoSettings(calibration_scenes, test_scenes, views), note)
+    click.echo(comparison_table(result.summaries))
+    click.echo(f"\n{result.protocol}\n")
+    for path in result.files:
+        click.echo(f"wrote {path}")

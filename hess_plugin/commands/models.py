@@ -1,0 +1,38 @@
+"""`hess-patch sites` and `hess-patch plugins`: what is known of models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .options import load, model_options
+
+
+@click.command()
+@model_options
+def sites(model: str, weights: str | None, **options: Any) -> None:
+    """List the global-attention sites that an adapter finds in a model."""
+    from hess_plugin.plugins import resolve_adapter
+
+    loaded = load(model, weights or ("random" if model != "demo" else None), options)
+    adapter = resolve_adapter(loaded, options["adapter"])
+    found = adapter.sites(loaded)
+    family = adapter.family(loaded)
+    click.echo(
+        f"adapter {adapter.name} claims {type(loaded).__name__}: {len(found)} sites, image sides multiples of "
+        f"{family.image_multiple}, camera weight {family.camera_weight:g} ({family.source})"
+    )
+    width = max(len(site.name) for site in found)
+    click.echo(f"{'site':{width}}  heads  head dim  layout module")
+    for site in found:
+        click.echo(f"{site.name:{width}}  {site.num_heads:5d}  {site.head_dim:8d}  {site.layout_module or '(model)'}")
+
+
+@click.command()
+def plugins() -> None:
+    """Print installed adapters and the hooks each implements, as JSON."""
+    from hess_plugin.plugins import describe_plugins
+
+    click.echo(json.dumps(describe_plugins(), indent=2))

@@ -1,0 +1,101 @@
+"""Options that several commands share, and what they stand for: a model, its scenes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hess_plugin.terminal import warn_random
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FILE = click.Path(path_type=Path)
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+def options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make one decorator of several options, shown in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+model_options = options(
+    click.option("--model", required=True, metavar="NAME", help="Model to load: vggt, pi3, pi3x, demo, ..."),
+    click.option(
+        "--weights",
+        metavar="PATH|HUB_ID|random",
+        help="A .safetensors or .pt file, a hub id, or `random` (tests the machinery; the result means nothing).",
+    ),
+    click.option(
+        "--repo",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Checkout of the model's code, if it is not importable already.",
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
+    ),
+    click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims the model."),
+)
+data_options = options(
+    click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes."),
+    click.option("--scenes", type=COUNT, help="Use this many scenes; all by default."),
+    click.option("--views", type=COUNT, help="Use this many views of each scene; all by default."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views."),
+    click.option(
+        "--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default."
+    ),
+)
+DATA = ("data", "views", "seed", "resolution")
+
+
+def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Load the model and find its scenes, fitted to the model's image size; also the plugin manager used."""
+    from hess_plugin.plugins import get_plugin_manager, resolve_adapter
+    from hess_plugin.scenes.fitting import FittedScenes
+    from hess_plugin.scenes.reading import read_scenes
+
+    # Scenes first: a wrong path is told before a model of a billion weights is read.
+    found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
+    model = load(name, weights, options)
+    manager = get_plugin_manager()
+    multiple = resolve_adapter(model, options["adapter"], manager).family(model).image_multiple
+    return model, FittedScenes(found, multiple, options["resolution"]), manager
+
+
+def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
+    """Load the model that the options name."""
+    import torch
+
+    from hess_plugin.plugins import load_model
+
+    if weights is None:
+        if name != "demo":
+            raise click.UsageError("--weights is missing: give a file, a hub id, or `random` to test the machinery.")
+        weights = "shipped"
+    if options["repo"] is not None:
+        # The user's own checkout, asked for by name: first on the path, as if run from there.
+        sys.path.insert(0, str(options["repo"].resolve()))
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.ones(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
+    model = load_model(name, weights, device=chosen, dtype=torch.float32)
+    if weights == "random":
+        warn_random()
+    return model
