@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hess_plugin import (
     Family,
+    Framing,
     Prediction,
     Site,
     TokenLayout,
@@ -30,7 +31,8 @@ def hess_claim_model(model: Any) -> bool:
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
     source = "lambda = 0 for Pi3: HeSS (arXiv 2603.25336), sec. 4; ReSS (arXiv 2609.35593)"
-    return Family(camera_weight=0.0, image_multiple=model.patch_size, source=source)
+    # Upstream scales whole images to at most 255 000 pixels; 505 is the root of that.
+    return Family(camera_weight=0.0, framing=Framing(model.patch_size, 505, "area"), source=source)
 
 
 @hookimpl

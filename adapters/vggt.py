@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hess_plugin import (
     AdapterError,
     Family,
+    Framing,
     Prediction,
     Site,
     TokenLayout,
@@ -39,7 +40,14 @@ def hess_claim_model(model: Any) -> bool:
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
     source = "lambda = 0.5 for VGGT: ReSS (arXiv 2609.35593), sweep of the camera weight"
-    return Family(camera_weight=0.5, image_multiple=model.aggregator.patch_size, source=source)
+    return Family(camera_weight=0.5, framing=Framing(model.aggregator.patch_size, _width(model), "crop"), source=source)
+
+
+def _width(model: Any) -> int | None:
+    """Image width that the model was built for, to which upstream scales every image."""
+    embed = model.aggregator.patch_embed
+    size = getattr(getattr(embed, "patch_embed", embed), "img_size", None)  # DINOv2 keeps it one level down
+    return None if size is None else int(size[1])
 
 
 @hookimpl

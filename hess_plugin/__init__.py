@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .exceptions import ProfileMismatch as ProfileMismatch
     from .exceptions import SceneError as SceneError
     from .exceptions import UnknownModel as UnknownModel
+    from .framing import Framing as Framing
     from .geometry import Similarity as Similarity
     from .geometry import invert_rigid as invert_rigid
     from .geometry import quaternion_to_matrix as quaternion_to_matrix
@@ -69,6 +70,7 @@ _HOME = {
         "SceneError",
         "UnknownModel",
     ),
+    "framing": ("Framing",),
     "geometry": ("Similarity", "invert_rigid", "quaternion_to_matrix", "to_world", "unproject"),
     "hookspecs": ("hookimpl",),
     "loading": ("import_upstream", "load_weights"),

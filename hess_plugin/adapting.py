@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .exceptions import AdapterError
+from .framing import Framing
 
 if TYPE_CHECKING:
     import pluggy
@@ -24,12 +25,12 @@ class Family:
 
     Attributes:
         camera_weight: default share of the camera trace in the score (lambda of HeSS, eq. 9), 0 to 1.
-        image_multiple: image sides must be multiples of this many pixels.
+        framing: size the family's own preprocessing brings images to, and how.
         source: where the camera weight comes from.
     """
 
     camera_weight: float = 0.5
-    image_multiple: int = 1
+    framing: Framing = field(default_factory=Framing)
     source: str = ""
 
 
@@ -91,11 +92,11 @@ class Adapter:
 
     def predict(self, model: nn.Module, images: Tensor) -> Prediction:
         """Run the model on images ``[S, 3, H, W]`` in [0, 1]."""
-        multiple = self.family(model).image_multiple
+        multiple = self.family(model).framing.multiple
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % multiple or images.shape[3] % multiple:
             raise AdapterError(
                 f"images of shape {list(images.shape)} given to {self.name!r}, which wants [views, 3, H, W] with H and "
-                f"W multiples of {multiple}; resize the scene with Scene.fitted({multiple})."
+                f"W multiples of {multiple}; bring the scene there with Scene.framed(Framing({multiple}))."
             )
         return self._required("hess_predict", model=model, images=images)
 

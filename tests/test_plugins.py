@@ -257,7 +257,7 @@ def test_sites_that_do_not_fit_are_refused(find: Callable[[nn.Module], Any], sen
 
 def test_images_that_do_not_fit_are_refused_before_the_model_sees_them() -> None:
     manager = get_plugin_manager(entry_points=False)
-    family = hess_plugin.Family(image_multiple=14)
+    family = hess_plugin.Family(framing=hess_plugin.Framing(14))
     register(
         manager,
         my_adapter(hess_predict=lambda model, images: Prediction, hess_describe_family=lambda model: family),
@@ -265,7 +265,7 @@ def test_images_that_do_not_fit_are_refused_before_the_model_sees_them() -> None
     )
     adapter = resolve_adapter(MyNet(), manager=manager)
     for shape in ((2, 3, 28, 30), (3, 28, 28), (2, 1, 28, 28)):
-        with pytest.raises(AdapterError, match=r"H and W multiples of 14; resize the scene with Scene\.fitted\(14\)"):
+        with pytest.raises(AdapterError, match=r"H and W multiples of 14; bring .* Scene\.framed\(Framing\(14\)\)"):
             adapter.predict(MyNet(), torch.rand(shape))
 
 

@@ -21,8 +21,8 @@ def sites(model: str, weights: str | None, **options: Any) -> None:
     found = adapter.sites(loaded)
     family = adapter.family(loaded)
     click.echo(
-        f"adapter {adapter.name} claims {type(loaded).__name__}: {len(found)} sites, image sides multiples of "
-        f"{family.image_multiple}, camera weight {family.camera_weight:g} ({family.source})"
+        f"adapter {adapter.name} claims {type(loaded).__name__}: {len(found)} sites, "
+        f"{family.framing}, camera weight {family.camera_weight:g} ({family.source})"
     )
     width = max(len(site.name) for site in found)
     click.echo(f"{'site':{width}}  heads  head dim  layout module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,29 +50,39 @@ model_options = options(
     click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims the model."),
 )
 data_options = options(
-    click.option("--data", required=True, metavar="FORMAT:PATH", help="Scenes, for example folder:/data/scenes."),
+    click.option(
+        "--data",
+        required=True,
+        multiple=True,
+        metavar="FORMAT:PATH",
+        help="Scenes, for example folder:/data/scenes or co3d:/data/co3d; several allowed.",
+    ),
     click.option("--scenes", type=COUNT, help="Use this many scenes; all by default."),
     click.option("--views", type=COUNT, help="Use this many views of each scene; all by default."),
     click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views."),
+    click.option("--resolution", type=click.IntRange(min=14), help="Image size in pixels; the model's own by default."),
     click.option(
-        "--resolution", type=click.IntRange(min=14), help="Longest image side in pixels; the images' own by default."
+        "--framing",
+        type=click.Choice(["longest", "area", "crop", "pad"]),
+        help="How images get there: whole by their longest side or area, cropped, padded; the model's way by default.",
     ),
 )
-DATA = ("data", "views", "seed", "resolution")
+DATA = ("data", "views", "seed", "resolution", "framing")
 
 
 def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Load the model and find its scenes, fitted to the model's image size; also the plugin manager used."""
     from hess_plugin.plugins import get_plugin_manager, resolve_adapter
-    from hess_plugin.scenes.fitting import FittedScenes
     from hess_plugin.scenes.reading import read_scenes
 
     # Scenes first: a wrong path is told before a model of a billion weights is read.
     found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
     model = load(name, weights, options)
     manager = get_plugin_manager()
-    multiple = resolve_adapter(model, options["adapter"], manager).family(model).image_multiple
-    return model, FittedScenes(found, multiple, options["resolution"]), manager
+    framing = resolve_adapter(model, options["adapter"], manager).family(model).framing
+    given = {"resolution": options["resolution"], "mode": options["framing"]}
+    framing = replace(framing, **{name: value for name, value in given.items() if value is not None})
+    return model, found.framed(framing), manager
 
 
 def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:

@@ -105,8 +105,9 @@ class PatchEmbed(nn.Module):
     The place enters as waves of the normalised patch centre, not as a table, so any image size works.
     """
 
-    def __init__(self, patch_size: int, dim: int, hidden: int, overlap: int = 3) -> None:
+    def __init__(self, patch_size: int, dim: int, hidden: int, image_size: int, overlap: int = 3) -> None:
         super().__init__()
+        self.img_size = (image_size, image_size)  # as upstream: the size the model is trained at
         self.stem = nn.Conv2d(3, hidden, patch_size + 2 * overlap, stride=patch_size, padding=overlap)
         self.act = nn.GELU(approximate="tanh")
         self.out = nn.Linear(hidden, dim)

@@ -26,6 +26,7 @@ class TinyVGGTConfig:
     patch_size: int = 10
     num_registers: int = 4
     stem: int = 192
+    image_size: int = 60
     stride: int = 2
     camera_depth: int = 3
     camera_iterations: int = 4
@@ -40,7 +41,7 @@ class Aggregator(nn.Module):
         self.patch_size = config.patch_size
         self.patch_start_idx = 1 + config.num_registers
         self.depth = config.depth
-        self.patch_embed = PatchEmbed(config.patch_size, dim, config.stem)
+        self.patch_embed = PatchEmbed(config.patch_size, dim, config.stem, config.image_size)
         # Index 0 of axis 1 is the first frame's token, index 1 that of all other frames.
         self.camera_token = nn.Parameter(0.1 * torch.randn(1, 2, 1, dim))
         self.register_token = nn.Parameter(0.1 * torch.randn(1, 2, config.num_registers, dim))

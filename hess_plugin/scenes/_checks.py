@@ -19,13 +19,7 @@ ROTATION_TOLERANCE = 1e-3
 def check_scene(scene: Scene) -> None:
     """Raise SceneError at the first field of `scene` that is malformed."""
     name, images = scene.name, scene.images
-    _check_shape(name, "images", images, (None, 3, None, None))
-    if images.dtype != torch.float32:
-        raise SceneError(f"Scene {name}: images are {images.dtype}, float32 was wanted: convert them.")
-    _check_finite(name, "images", images)
-    low, high = float(images.min()), float(images.max())
-    if low < 0 or high > 1:
-        raise SceneError(f"Scene {name}: images span [{low:.3g}, {high:.3g}], rescale them to [0, 1].")
+    check_images(name, images)
     views, _, height, width = images.shape
     check_poses(name, scene.c2w, views)
     check_intrinsics(name, scene.intrinsics, views)
@@ -39,6 +33,17 @@ def check_scene(scene: Scene) -> None:
         _check_finite(name, "points", scene.points)
     if not 0 < scene.scale < float("inf"):
         raise SceneError(f"Scene {name}: scale is {scene.scale}, a positive number was wanted.")
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Raise SceneError unless `images` is `[S, 3, H, W]` float32 in [0, 1]."""
+    _check_shape(name, "images", images, (None, 3, None, None))
+    if images.dtype != torch.float32:
+        raise SceneError(f"Scene {name}: images are {images.dtype}, float32 was wanted: convert them.")
+    _check_finite(name, "images", images)
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise SceneError(f"Scene {name}: images span [{low:.3g}, {high:.3g}], rescale them to [0, 1].")
 
 
 def check_poses(name: str, c2w: Tensor, views: int) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
-from hess_plugin.scenes.choice import choose
 from hess_plugin.scenes.clouds import read_cloud
 from hess_plugin.scenes.images import read_depth, read_image
 from hess_plugin.scenes.scene import Scene
+from hess_plugin.scenes.sources import SceneSource, View
 
 FORMAT = "scene-v1"
 CAMERAS = "cameras.json"
@@ -47,6 +48,16 @@ def find_folders(root: str | Path) -> list[Path]:
     return found
 
 
+def find_sources(root: Path) -> list[SceneSource]:
+    """The scenes at `root`, as `find_folders` finds them; each is named after its folder.
+
+    Raises:
+        SceneError: when there is none.
+    """
+    # The folder's name, which is unique among its siblings: a cameras.json may call itself something else.
+    return [_source(path, path.resolve().name) for path in find_folders(root)]
+
+
 def read_folder(path: str | Path, *, max_views: int | None = None, seed: int = 0) -> Scene:
     """Read one scene.
 
@@ -63,18 +74,37 @@ def read_folder(path: str | Path, *, max_views: int | None = None, seed: int = 0
         MissingDependency: when Pillow, or Open3D for a points.ply, is not installed.
     """
     path = Path(path)
-    record = _read_record(path / CAMERAS)
-    frames = [record["frames"][i] for i in choose(len(record["frames"]), max_views, seed)]
-    images = _read_images(path, frames)
+    name = str(_read_record(path / CAMERAS).get("scene") or path.name)
+    scene = _source(path, name).read(max_views=max_views, seed=seed)
+    assert isinstance(scene, Scene)  # every frame of a cameras.json has a camera
+    return scene
+
+
+def _source(path: Path, name: str) -> SceneSource:
+    cloud = path / CLOUD
+    return SceneSource(name, path, lambda: _views(path), (lambda: read_cloud(cloud)) if cloud.is_file() else None)
+
+
+def _views(path: Path) -> list[View]:
     cameras = path / CAMERAS
-    c2w = torch.stack([_matrix(cameras, frame, "c2w", 4) for frame in frames])
-    intrinsics = torch.stack([_matrix(cameras, frame, "K", 3) for frame in frames])
-    depth = _read_depths(path, frames, record.get("depth_scale"), tuple(images.shape[-2:]))
-    points = read_cloud(path / CLOUD) if (path / CLOUD).is_file() else None
-    try:
-        return Scene(str(record.get("scene") or path.name), images, c2w, intrinsics, depth, points)
-    except SceneError as error:
-        raise SceneError(f"{path}: {error}") from error
+    record = _read_record(cameras)
+    unit = record.get("depth_scale")
+    views = []
+    for frame in record["frames"]:
+        image = path / _text(cameras, frame, "image")
+        depth = None
+        if frame.get("depth") is not None:
+            depth = functools.partial(read_depth, path / _text(cameras, frame, "depth"), _unit(cameras, unit))
+        views.append(
+            View(
+                str(image),
+                functools.partial(_read_image, image, (frame.get("height"), frame.get("width"))),
+                _matrix(cameras, frame, "c2w", 4),
+                _matrix(cameras, frame, "K", 3),
+                depth,
+            )
+        )
+    return views
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -93,44 +123,20 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_images(path: Path, frames: list[dict[str, Any]]) -> Tensor:
-    images: list[Tensor] = []
-    for frame in frames:
-        file = path / _text(path / CAMERAS, frame, "image")
-        image = read_image(file)
-        size = (frame.get("height"), frame.get("width"))
-        if tuple(image.shape[1:]) != size:
-            raise SceneError(
-                f"Image file {file} is {image.shape[1]}x{image.shape[2]} (height x width), {CAMERAS} says "
-                f"{size[0]}x{size[1]}; its K would be wrong, so make the two agree."
-            )
-        if images and image.shape != images[0].shape:
-            raise SceneError(
-                f"Image file {file} is {image.shape[1]}x{image.shape[2]}, the first image is "
-                f"{images[0].shape[1]}x{images[0].shape[2]}; all images of a scene need one size."
-            )
-        images.append(image)
-    return torch.stack(images)
+def _read_image(file: Path, size: tuple[object, object]) -> Tensor:
+    image = read_image(file)
+    if tuple(image.shape[1:]) != size:
+        raise SceneError(
+            f"Image file {file} is {image.shape[1]}x{image.shape[2]} (height x width), {CAMERAS} says "
+            f"{size[0]}x{size[1]}; its K would be wrong, so make the two agree."
+        )
+    return image
 
 
-def _read_depths(path: Path, frames: list[dict[str, Any]], unit: object, size: tuple[int, ...]) -> Tensor | None:
-    if all(frame.get("depth") is None for frame in frames):
-        return None
+def _unit(cameras: Path, unit: object) -> float:
     if isinstance(unit, bool) or not isinstance(unit, int | float) or not 0 < unit < math.inf:
-        raise SceneError(f"Scene file {path / CAMERAS}: depth_scale is {unit!r}, give a positive number.")
-    depths: list[Tensor] = []
-    for frame in frames:
-        if frame.get("depth") is None:
-            depths.append(torch.zeros(size))
-            continue
-        file = path / _text(path / CAMERAS, frame, "depth")
-        depths.append(read_depth(file, float(unit)))
-        if tuple(depths[-1].shape) != size:
-            raise SceneError(
-                f"Depth file {file} is {depths[-1].shape[0]}x{depths[-1].shape[1]}, its image is "
-                f"{size[0]}x{size[1]}; the two must have one size."
-            )
-    return torch.stack(depths)
+        raise SceneError(f"Scene file {cameras}: depth_scale is {unit!r}, give a positive number.")
+    return float(unit)
 
 
 def _text(cameras: Path, frame: Mapping[str, Any], field: str) -> str:

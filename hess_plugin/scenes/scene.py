@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from hess_plugin.exceptions import SceneError
+from hess_plugin.framing import Framing, Placement
 from hess_plugin.geometry import invert_rigid, unproject
 from hess_plugin.scenes._checks import check_scene
+from hess_plugin.scenes.placing import place
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,49 +145,18 @@ class Scene:
         )
 
     def resized(self, height: int, width: int) -> Scene:
-        """The scene at another resolution.
-
-        Images are resampled with an antialiased filter, depth by nearest pixel (a mean of two depths is a
-        point in the air), intrinsics by the half-pixel rule `u' + .5 = (u + .5) * width / W`.
-        """
+        """The scene at another resolution; see `place` for what happens to each field."""
         if height < 1 or width < 1:
             raise SceneError(f"Scene {self.name} cannot be resized to {height}x{width}: give sides >= 1.")
-        if (height, width) == (self.height, self.width):
-            return self
-        images = interpolate(self.images, (height, width), mode="bilinear", align_corners=False, antialias=True).clamp(
-            0, 1
-        )
-        depth = self.depth
-        if depth is not None:
-            depth = interpolate(depth[:, None], (height, width), mode="nearest-exact")[:, 0]
-        factor_x, factor_y = width / self.width, height / self.height
-        intrinsics = self.intrinsics.clone()
-        intrinsics[:, 0] *= factor_x
-        intrinsics[:, 1] *= factor_y
-        intrinsics[:, 0, 2] += 0.5 * factor_x - 0.5
-        intrinsics[:, 1, 2] += 0.5 * factor_y - 0.5
+        return self._placed(Placement(height, width, 0, 0, height, width))
+
+    def framed(self, framing: Framing) -> Scene:
+        """The scene at a size that a model takes; see `place` for what happens to each field."""
+        return self._placed(framing.place(self.height, self.width))
+
+    def _placed(self, placement: Placement) -> Scene:
+        images, intrinsics, depth = place(placement, self.images, self.intrinsics, self.depth)
         return replace(self, images=images, intrinsics=intrinsics, depth=depth)
-
-    def fitted(self, multiple: int, longest: int | None = None) -> Scene:
-        """The scene at a size a network takes: sides multiples of `multiple`, the longest at most `longest`.
-
-        Never enlarged to reach `longest`; the aspect is kept as closely as whole multiples allow.
-
-        Raises:
-            SceneError: when no multiple fits under `longest`.
-        """
-        if multiple < 1 or (longest is not None and longest < multiple):
-            raise SceneError(
-                f"Scene {self.name} cannot have sides that are multiples of {multiple} and at most "
-                f"{longest}; ask for a longest side of at least one multiple."
-            )
-        long_side = max(self.height, self.width)
-        count = max(1, round(long_side / multiple))
-        if longest is not None:
-            count = min(count, longest // multiple)
-        factor = count * multiple / long_side
-        sides = (max(1, round(side * factor / multiple)) * multiple for side in (self.height, self.width))
-        return self.resized(*sides)
 
     def digest(self) -> str:
         """A digest of everything in the scene but its name: 16 hexadecimal digits, the same wherever it lies."""

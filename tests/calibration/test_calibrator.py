@@ -473,7 +473,7 @@ def test_a_malformed_scene_stops_the_run_and_keeps_what_was_measured(
 def test_images_of_a_size_the_model_does_not_take_stop_the_run(tiny_model: TinyVGGT, rooms: tuple[Scene, ...]) -> None:
     from hess_plugin import AdapterError
 
-    with pytest.raises(AdapterError, match=r"multiples of 10; resize the scene with Scene\.fitted\(10\)"):
+    with pytest.raises(AdapterError, match=r"multiples of 10; bring .* Scene\.framed\(Framing\(10\)\)"):
         run(tiny_model, [rooms[0].resized(64, 60)])
 
 

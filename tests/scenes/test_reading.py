@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hess_plugin.exceptions import SceneError
-from hess_plugin.scenes import FORMATS, Scene, SceneFormat, find_folders, read_scenes, write_folder
+from hess_plugin.scenes import Scene, read_scenes, write_folder
+from hess_plugin.scenes import folder as folder_format
 
 MakeScene = Callable[..., Scene]
 
@@ -21,17 +22,17 @@ def folder(make_scene: MakeScene, tmp_path: Path) -> Path:
 
 def test_scenes_are_read_only_when_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    original = FORMATS["folder"]
+    original = folder_format.read_image
 
-    def read(path: Path, **options: object) -> Scene:
-        loaded.append(path.name)
-        return original.read(path, **options)
+    def read(path: Path) -> torch.Tensor:
+        loaded.append(path.parts[-3])
+        return original(path)
 
-    monkeypatch.setitem(FORMATS, "folder", SceneFormat(find_folders, read, original.describe))
+    monkeypatch.setattr(folder_format, "read_image", read)
     scenes = read_scenes(f"folder:{folder}")
     assert len(scenes) == 5 and scenes.names == [f"scene-{i}" for i in range(5)]
     assert scenes[1:3].names == ["scene-1", "scene-2"] and not loaded
-    assert scenes[-1].name == "scene-4" and loaded == ["scene-4"]
+    assert scenes[-1].name == "scene-4" and loaded == ["scene-4"] * 4
     assert [scene.name for scene in scenes] == scenes.names
     with pytest.raises(IndexError):
         scenes[5]
@@ -48,9 +49,9 @@ def test_scenes_and_views_are_chosen_by_seed(folder: Path) -> None:
 @pytest.mark.parametrize(
     "spec, sentence",
     [
-        ("co4d:/data", "one of: folder"),
-        ("/data/scenes", "one of: folder"),
-        ("", "one of: folder"),
+        ("co4d:/data", "one of: "),
+        ("/data/scenes", "one of: "),
+        ("", "one of: "),
         ("folder", "write folder:FOLDER"),
         ("folder:", "write folder:FOLDER"),
         ("folder:/nowhere/at/all", "does not exist"),

@@ -13,7 +13,7 @@ from hess_plugin.evaluation.clouds import pointmap_error
 from hess_plugin.evaluation.pose import absolute_trajectory_error, pose_auc
 from hess_plugin.geometry import Similarity, project, quaternion_to_matrix, unproject
 from hess_plugin.predictions import Prediction
-from hess_plugin.scenes import read_scenes
+from hess_plugin.scenes import Framing, read_scenes
 
 
 def test_every_real_scene_is_read(real_scenes: Path) -> None:
@@ -54,7 +54,7 @@ def test_depth_agrees_with_the_point_cloud(real_scenes: Path) -> None:
 
 def test_fitting_a_real_scene_moves_no_point(real_scenes: Path) -> None:
     scene = read_scenes(f"folder:{real_scenes}", views=2)[-1]
-    small = scene.fitted(14, 224)
+    small = scene.framed(Framing(14, 224))
     point = scene.c2w[:, None, :3, 3] + 2 * scene.c2w[:, None, :3, 2]
     before, _ = project(point, scene.intrinsics, scene.c2w)
     after, _ = project(point, small.intrinsics, small.c2w)
