@@ -30,9 +30,12 @@ def hess_claim_model(model: Any) -> bool:
 
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
-    source = "lambda = 0 for Pi3: HeSS (arXiv 2603.25336), sec. 4; ReSS (arXiv 2609.35593)"
-    # Upstream scales whole images to at most 255 000 pixels; 505 is the root of that.
-    return Family(camera_weight=0.0, framing=Framing(model.patch_size, 505, "area"), source=source)
+    return Family(
+        camera_weight=0.0,
+        framing=Framing(model.patch_size, 255_000**0.5, "area"),  # upstream: at most so many pixels
+        source="lambda = 0 for Pi3: HeSS (arXiv 2603.25336), sec. 4; ReSS (arXiv 2609.35593)",
+        blocks=("decoder", "point_decoder.blocks", "camera_decoder.blocks", "conf_decoder.blocks"),
+    )
 
 
 @hookimpl
@@ -81,7 +84,7 @@ def _predict_pi3x(model: Any, images: Tensor) -> Prediction:
 
 def _prediction(c2w: Tensor, points: Tensor, logits: Tensor) -> Prediction:
     # Confidence is a logit; upstream's own scripts keep a point where its sigmoid is above 0.1.
-    return Prediction(c2w.float(), points.float(), logits[..., 0].float().sigmoid(), min_confidence=0.1)
+    return Prediction(c2w.float(), points.float(), logits[..., 0].detach().float().sigmoid(), min_confidence=0.1)
 
 
 @hookimpl

@@ -39,8 +39,15 @@ def hess_claim_model(model: Any) -> bool:
 
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
-    source = "lambda = 0.5 for VGGT: ReSS (arXiv 2609.35593), sweep of the camera weight"
-    return Family(camera_weight=0.5, framing=Framing(model.aggregator.patch_size, _width(model), "crop"), source=source)
+    dense = [name for name in ("point_head", "depth_head") if getattr(model, name, None) is not None]
+    return Family(
+        camera_weight=0.5,
+        framing=Framing(model.aggregator.patch_size, _width(model), "crop"),
+        source="lambda = 0.5 for VGGT: ReSS (arXiv 2609.35593), sweep of the camera weight",
+        blocks=("aggregator.frame_blocks", "aggregator.global_blocks"),
+        frame_heads=tuple(dense[:1]),
+        unused_heads=tuple(dense[1:]),  # hess_predict reads one of the two
+    )
 
 
 def _width(model: Any) -> int | None:

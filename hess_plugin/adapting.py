@@ -27,11 +27,20 @@ class Family:
         camera_weight: default share of the camera trace in the score (lambda of HeSS, eq. 9), 0 to 1.
         framing: size the family's own preprocessing brings images to, and how.
         source: where the camera weight comes from.
+        blocks: names of the module lists whose modules are recomputed while calibrating, to save memory; the
+            parents of the sites by default.
+        frame_heads: names of heads that treat frames alone and are called with tensors ``[B, S, ...]``; they run
+            frame by frame while calibrating.
+        unused_heads: names of heads that the prediction does not need and whose place may be None; left out
+            while calibrating.
     """
 
     camera_weight: float = 0.5
     framing: Framing = field(default_factory=Framing)
     source: str = ""
+    blocks: tuple[str, ...] = ()
+    frame_heads: tuple[str, ...] = ()
+    unused_heads: tuple[str, ...] = ()
 
 
 class Replacement(Protocol):

@@ -134,8 +134,8 @@ class TokenLayout:
             within: order of the patches inside each frame, a permutation ``[patches]``; raster by default.
         """
         within = torch.arange(self.patches) if within is None else within
-        starts = torch.arange(self.frames) * self.tokens_per_frame
-        patches = (starts[:, None] + self.leading + within).flatten()
-        special = torch.ones(self.tokens, dtype=torch.bool)
-        special[patches] = False
-        return torch.cat([patches, special.nonzero()[:, 0]])
+        starts = torch.arange(self.frames)[:, None] * self.tokens_per_frame
+        after = torch.arange(self.leading + self.patches, self.tokens_per_frame)
+        beside = torch.cat([torch.arange(self.leading), after])
+        tail = torch.arange(self.tokens - self.tail, self.tokens)
+        return torch.cat([(starts + self.leading + within).flatten(), (starts + beside).flatten(), tail])

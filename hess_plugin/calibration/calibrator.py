@@ -20,12 +20,13 @@ from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
 from hess_plugin.files import check_writable
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
-from hess_plugin.profiles import ERROR_NAMES, Profile, model_digest, weights_fingerprint
+from hess_plugin.profiles import Profile, model_digest, weights_fingerprint
+from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.scene import Scene
-from hess_plugin.sites import PROJECTIONS, Site
+from hess_plugin.sites import Site
 
 from .errors import EPS
-from .fisher import head_traces, only_sites_require_grad
+from .measuring import Measurer, Protocol, measuring
 from .record import Record
 
 Progress = Callable[[int, int, str], None]
@@ -33,12 +34,13 @@ Progress = Callable[[int, int, str], None]
 
 def calibrate(
     model: nn.Module,
-    scenes: Iterable[Scene],
+    scenes: Iterable[Scene | ImageSet],
     *,
     output: str | Path | None = None,
     camera_weight: float | None = None,
     eps: float = EPS,
     autocast: torch.dtype | None = None,
+    memory: str = "lean",
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
     adapter: str | None = None,
@@ -59,6 +61,8 @@ def calibrate(
         camera_weight: lambda of the score recorded in the profile; the model family's by default.
         eps: inlier distance of the point error, in units of the normalised scene (0.05 in the paper).
         autocast: run the forward under autocast in this type (bfloat16 on a GPU); None for the model's own.
+        memory: ``lean`` keeps only what goes into each block and head and computes the rest again, ``plain`` keeps
+            the whole graph; the traces agree to rounding.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
         progress: called as ``progress(done, total, scene)`` before each scene and once at the end.
         adapter: take this adapter instead of asking which one claims the model.
@@ -73,7 +77,8 @@ def calibrate(
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """
-    _check_arguments(model, scenes, camera_weight, eps)
+    protocol = Protocol(eps=eps, autocast=autocast, memory=memory)
+    _check_arguments(model, scenes, camera_weight)
     if output is not None:
         check_writable(output)
     chosen = resolve_adapter(model, adapter, manager)
@@ -84,7 +89,7 @@ def calibrate(
     family = chosen.family(model)
     weight = family.camera_weight if camera_weight is None else camera_weight
     fingerprint = weights_fingerprint(sites)
-    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps}
+    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "memory": memory}
     record = Record.open(
         None if output is None else Path(f"{output}.partial"),
         {
@@ -95,7 +100,7 @@ def calibrate(
         },
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-    names = _measure_all(chosen, model, sites, scenes, record, eps, autocast, progress)
+    names = _measure_all(chosen, model, sites, scenes, record, protocol, progress)
     skipped = {name: record.skipped[name] for name in names if name in record.skipped}
     profile = Profile(
         adapter=chosen.name,
@@ -120,15 +125,13 @@ def calibrate(
     return profile
 
 
-def _check_arguments(model: nn.Module, scenes: Iterable[Scene], camera_weight: float | None, eps: float) -> None:
+def _check_arguments(model: nn.Module, scenes: Iterable[Scene | ImageSet], camera_weight: float | None) -> None:
     """Refuse now what would only be noticed after the last scene."""
-    if isinstance(scenes, (str, Path, Scene)):
+    if isinstance(scenes, (str, Path, Scene, ImageSet)):
         raise CalibrationError(
             f"scenes is of type {type(scenes).__name__}, wanted a sequence of scenes; read folders with "
             "hess_plugin.scenes.read_scenes, put a single scene into a list."
         )
-    if not eps > 0:
-        raise CalibrationError(f"eps is {eps}, wanted a distance above 0 in units of the normalised scene.")
     if camera_weight is not None and not 0.0 <= camera_weight <= 1.0:
         raise CalibrationError(f"camera_weight is {camera_weight}, wanted a number from 0 (points) to 1 (camera).")
     if isinstance(model, nn.Module) and is_patched(model):
@@ -139,17 +142,15 @@ def _measure_all(
     adapter: Adapter,
     model: nn.Module,
     sites: Sequence[Site],
-    scenes: Iterable[Scene],
+    scenes: Iterable[Scene | ImageSet],
     record: Record,
-    eps: float,
-    autocast: torch.dtype | None,
+    protocol: Protocol,
     progress: Progress | None,
 ) -> list[str]:
     """Measure every scene that the record does not hold yet; return all scene names in order."""
     names: list[str] = []
     total = len(scenes) if isinstance(scenes, Sized) else 0
-    # A caller under inference_mode gets its gradients all the same.
-    with torch.inference_mode(False), only_sites_require_grad(model, sites) as weights:
+    with measuring(adapter, model, sites, protocol) as measurer:
         for scene in scenes:
             if scene.name in names:
                 raise CalibrationError(f"two scenes are called {scene.name!r}; give every scene its own name.")
@@ -159,7 +160,7 @@ def _measure_all(
             # Also finished scenes are read again: a scene that changed since must not keep its old traces.
             digest = scene.digest()
             if not record.done(scene.name, digest):
-                _measure(adapter, model, sites, weights, scene, digest, record, eps, autocast)
+                _measure(measurer, scene, digest, record)
     if progress is not None:
         progress(len(names), len(names), "")
     if not any(name in record.traces for name in names):
@@ -170,46 +171,14 @@ def _measure_all(
     return names
 
 
-def _measure(
-    adapter: Adapter,
-    model: nn.Module,
-    sites: Sequence[Site],
-    weights: Sequence[nn.Parameter],
-    scene: Scene,
-    digest: str,
-    record: Record,
-    eps: float,
-    autocast: torch.dtype | None,
-) -> None:
+def _measure(measurer: Measurer, scene: Scene | ImageSet, digest: str, record: Record) -> None:
     """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason."""
-    device = weights[0].device
-    forward = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     try:
-        scene = scene.normalised().to(device)
-        with torch.enable_grad(), forward:
-            errors = adapter.compute_errors(model, scene, eps)
-        present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
-        if not present:
-            raise CalibrationError(
-                f"scene {scene.name} has neither a camera nor a point error; give it views or depth."
-            )
-        missing = torch.full((len(sites), sites[0].num_heads), torch.nan, dtype=torch.float64)
-        # A copy each: safetensors refuses to write one tensor under several names.
-        names = [f"{kind}.{letter}" for kind in ERROR_NAMES for letter in PROJECTIONS]
-        traces = {key: missing.clone() for key in names}
-        for index, (kind, error) in enumerate(present):
-            found = head_traces(error, sites, weights, retain_graph=index < len(present) - 1)
-            traces |= {f"{kind}.{letter}": trace for letter, trace in found.items()}
+        measured = measurer.measure(scene)
     except (CalibrationError, SceneError) as error:
         record.skip(scene.name, digest, str(error))
     else:
-        facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
-        facts |= {f"{kind}_error": error.item() for kind, error in present}
-        if errors.alignment is not None:
-            facts["alignment"] = errors.alignment.method
-        if errors.points is not None:
-            facts["inliers"] = errors.inliers
-        record.add(scene.name, digest, traces, facts)
+        record.add(scene.name, digest, measured.traces, measured.facts)
 
 
 def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,12 @@ def only_sites_require_grad(model: nn.Module, sites: Sequence[Site]) -> Iterator
 
 
 def head_traces(
-    error: Tensor, sites: Sequence[Site], weights: Sequence[nn.Parameter], *, retain_graph: bool
+    error: Tensor,
+    sites: Sequence[Site],
+    weights: Sequence[nn.Parameter],
+    *,
+    retain_graph: bool,
+    twins: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Square and sum the gradient of one error over the rows of each head (HeSS, eq. 5 and 6, one scene).
 
@@ -47,9 +52,11 @@ def head_traces(
         sites: the L sites.
         weights: what `only_sites_require_grad` yields.
         retain_graph: keep the graph for another error of the same forward.
+        twins: of the weights, as `patch_rows.Taps` makes them: traces through patch tokens alone, too.
 
     Returns:
-        float64 ``[L, H]`` by projection (``q``, ``k``, ``v``).
+        float64 ``[L, H]`` by projection (``q``, ``k``, ``v``), with twins also ``q.patch``, ``k.patch``,
+        ``v.patch``.
 
     Raises:
         CalibrationError: the error or a gradient is not finite, or the error has no graph.
@@ -60,20 +67,27 @@ def head_traces(
         raise CalibrationError(
             "the error has no gradient with respect to the model; its hess_predict must not run under no_grad."
         )
-    gradients = torch.autograd.grad(error, list(weights), retain_graph=retain_graph, allow_unused=True)
-    by_weight = {id(weight): gradient for weight, gradient in zip(weights, gradients, strict=True)}
+    leaves = [*weights, *([] if twins is None else [twins[id(weight)] for weight in weights])]
+    gradients = torch.autograd.grad(error, leaves, retain_graph=retain_graph, allow_unused=True)
     traces = {}
-    for projection in PROJECTIONS:
-        rows = []
-        for site in sites:
-            gradient = by_weight[id(site.weight(projection))]
-            if gradient is None:
-                rows.append(torch.zeros(site.num_heads, dtype=torch.float64))
-            else:
-                rows.append(site.head_rows(gradient, projection).double().square().sum((1, 2)).cpu())
-        traces[projection] = torch.stack(rows)
-        if not bool(torch.isfinite(traces[projection]).all()):
-            raise CalibrationError(
-                f"the gradient of W_{projection.upper()} is not finite; calibrate in float32, or bfloat16 not float16."
-            )
+    for suffix, start in (("", 0), (".patch", len(weights)))[: 1 if twins is None else 2]:
+        by_weight = {id(w): g for w, g in zip(weights, gradients[start : start + len(weights)], strict=True)}
+        for letter in PROJECTIONS:
+            traces[f"{letter}{suffix}"] = _trace(by_weight, sites, letter)
     return traces
+
+
+def _trace(by_weight: Mapping[int, Tensor | None], sites: Sequence[Site], projection: str) -> Tensor:
+    rows = []
+    for site in sites:
+        gradient = by_weight[id(site.weight(projection))]
+        if gradient is None:
+            rows.append(torch.zeros(site.num_heads, dtype=torch.float64))
+        else:
+            rows.append(site.head_rows(gradient, projection).double().square().sum((1, 2)).cpu())
+    trace = torch.stack(rows)
+    if not bool(torch.isfinite(trace).all()):
+        raise CalibrationError(
+            f"the gradient of W_{projection.upper()} is not finite; calibrate in float32, or bfloat16 not float16."
+        )
+    return trace

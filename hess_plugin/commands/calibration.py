@@ -17,7 +17,7 @@ from .options import DATA, OUTPUT, data_options, model_and_scenes, model_options
 @click.command()
 @model_options
 @data_options
-@click.option("-o", "--output", required=True, type=OUTPUT, help="Profile to write.")
+@click.option("-o", "--output", type=OUTPUT, help="Profile to write.")
 @click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the family's by default.")
 @click.option(
     "--eps",
@@ -33,18 +33,36 @@ from .options import DATA, OUTPUT, data_options, model_and_scenes, model_options
     show_default=True,
     help="Type of the forward.",
 )
-def calibrate(output: Path, model: str, weights: str | None, **options: Any) -> None:
+@click.option(
+    "--memory",
+    type=click.Choice(["lean", "plain"]),
+    default="lean",
+    show_default=True,
+    help="lean recomputes blocks and runs heads frame by frame, plain keeps the whole graph; the traces agree.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
+def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
     """Measure every head's sensitivity on scenes with ground truth and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
     """
-    check_writable(output)
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o': name the profile to write, or ask with --dry-run what it takes.")
+    if output is not None:
+        check_writable(output)
     import torch
 
     import hess_plugin
+    from hess_plugin.calibration.measuring import Protocol
+    from hess_plugin.calibration.rehearsal import rehearse
     from hess_plugin.evaluation.tables import profile_summary
 
     loaded, found, manager = model_and_scenes(model, weights, options)
+    autocast = torch.bfloat16 if options["autocast"] == "bfloat16" else None
+    if dry_run:
+        protocol = Protocol(eps=options["eps"], autocast=autocast, memory=options["memory"])
+        click.echo(rehearse(loaded, found, protocol, options["adapter"], manager))
+        return
     try:
         with progress_bars() as note:
             profile = hess_plugin.calibrate(
@@ -53,7 +71,8 @@ def calibrate(output: Path, model: str, weights: str | None, **options: Any) -> 
                 output=output,
                 camera_weight=options["camera_weight"],
                 eps=options["eps"],
-                autocast=torch.bfloat16 if options["autocast"] == "bfloat16" else None,
+                autocast=autocast,
+                memory=options["memory"],
                 metadata={"model": model, "weights": weights or "shipped", **{name: options[name] for name in DATA}},
                 progress=lambda done, total, scene: note("calibrate", done, total, scene),
                 adapter=options["adapter"],

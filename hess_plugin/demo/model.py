@@ -123,16 +123,11 @@ class TinyVGGT(nn.Module):
             images = images.unsqueeze(0)
         tokens, patch_start_idx = self.aggregator(images)
         poses = self.camera_head(tokens)
-        depth, depth_conf = self.depth_head(tokens, images=images, patch_start_idx=patch_start_idx)
-        points, points_conf = self.point_head(tokens, images=images, patch_start_idx=patch_start_idx)
-        predictions = {
-            "pose_enc": poses[-1],
-            "pose_enc_list": poses,
-            "depth": depth,
-            "depth_conf": depth_conf,
-            "world_points": points,
-            "world_points_conf": points_conf,
-        }
+        predictions: dict[str, Any] = {"pose_enc": poses[-1], "pose_enc_list": poses}
+        for name, head in (("depth", self.depth_head), ("world_points", self.point_head)):
+            if head is not None:  # as upstream, a head may be left out
+                values, confidence = head(tokens, images=images, patch_start_idx=patch_start_idx)
+                predictions |= {name: values, f"{name}_conf": confidence}
         if self.training:
             predictions["patch_tokens"] = [pair[:, :, patch_start_idx:] for pair in tokens]
         else:

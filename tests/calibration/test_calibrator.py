@@ -48,10 +48,10 @@ class Rooms(Sequence[Scene]):
 def note_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     original = calibrator._measure
 
-    def measure(adapter: Any, model: Any, sites: Any, weights: Any, scene: Scene, *rest: Any) -> None:
+    def measure(measurer: Any, scene: Scene, *rest: Any) -> None:
         if Rooms.in_use is not None:
             Rooms.in_use.measured.append(scene.name)
-        original(adapter, model, sites, weights, scene, *rest)
+        original(measurer, scene, *rest)
 
     monkeypatch.setattr(Rooms, "in_use", None)
     monkeypatch.setattr(calibrator, "_measure", measure)

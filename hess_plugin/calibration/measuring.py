@@ -1,0 +1,160 @@
+"""Measuring one scene: a forward pass, its errors, and a backward pass for each of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hess_plugin.adapting import Adapter
+from hess_plugin.exceptions import CalibrationError
+from hess_plugin.predictions import Prediction
+from hess_plugin.profiles import ERROR_NAMES
+from hess_plugin.scenes.image_set import ImageSet
+from hess_plugin.scenes.scene import Scene
+from hess_plugin.sites import PROJECTIONS, Site
+
+from .errors import EPS, Errors
+from .fisher import head_traces, only_sites_require_grad
+from .lean import lean
+from .patch_rows import Taps, taps
+
+MEMORY = ("lean", "plain")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How scenes are measured; part of what the traces depend on.
+
+    Attributes:
+        eps: inlier distance of the point error, in units of the normalised scene.
+        autocast: type of the forward, or None for the model's own.
+        memory: ``lean`` recomputes blocks and runs heads frame by frame, ``plain`` keeps the whole graph; the
+            traces agree to rounding.
+
+    Raises:
+        CalibrationError: a value out of range.
+    """
+
+    eps: float = EPS
+    autocast: torch.dtype | None = None
+    memory: str = "lean"
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise CalibrationError(f"eps is {self.eps}, wanted a distance above 0 in units of the normalised scene.")
+        if self.memory not in MEMORY:
+            raise CalibrationError(f"memory is {self.memory!r}, wanted one of {', '.join(MEMORY)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one scene gave.
+
+    Attributes:
+        traces: by ``"<error>.<projection>"`` and, through patch tokens alone, ``"<error>.<projection>.patch"``:
+            float64 ``[L, H]``, NaN for an error that the scene does not have.
+        facts: how it was measured, JSON types only.
+    """
+
+    traces: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Measurer:
+    """A model made ready to be measured; made by `measuring`."""
+
+    def __init__(
+        self, adapter: Adapter, model: nn.Module, sites: Sequence[Site], protocol: Protocol, found: Taps
+    ) -> None:
+        self._adapter, self._model, self._sites, self._protocol, self._taps = adapter, model, sites, protocol, found
+        self._weights = list({id(w): w for site in sites for w in (site.weight(p) for p in PROJECTIONS)}.values())
+
+    def measure(self, scene: Scene | ImageSet) -> Measured:
+        """Measure one scene.
+
+        Raises:
+            CalibrationError: the scene cannot be aligned, has no usable error, or a gradient is not finite.
+            SceneError: the scene is malformed.
+        """
+        device = self._weights[0].device
+        with self._memory(scene.views), torch.enable_grad():
+            with self._autocast(device):
+                scene, errors = self._errors(scene, device)
+            present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
+            if not present:
+                raise CalibrationError(
+                    f"scene {scene.name} has neither a camera nor a point error; give it views or depth."
+                )
+            traces = self._traces(present)
+        return Measured(traces, _facts(scene, errors, present))
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Run the forward of a measurement on images ``[S, 3, H, W]``."""
+        with self._autocast(images.device):
+            return self._adapter.predict(self._model, images)
+
+    def rehearse(self, images: Tensor) -> None:
+        """Go through a measurement without a scene, its errors replaced by sums: for counting what it takes."""
+        with self._memory(len(images)), torch.enable_grad():
+            prediction = self.predict(images)
+            leaves = [*self._weights, *self._taps.twins.values()]
+            for error in (prediction.centres.square().sum(), prediction.points.square().sum()):
+                torch.autograd.grad(error, leaves, retain_graph=True, allow_unused=True)
+
+    def _errors(self, scene: Scene | ImageSet, device: torch.device) -> tuple[Scene, Errors]:
+        if isinstance(scene, ImageSet):
+            raise CalibrationError(f"{scene.name} has no ground truth.")
+        scene = scene.normalised().to(device)
+        return scene, self._adapter.compute_errors(self._model, scene, self._protocol.eps)
+
+    def _traces(self, present: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        twins = self._taps.twins if self._taps.complete() else None
+        suffixes = ("",) if twins is None else ("", ".patch")
+        missing = torch.full((len(self._sites), self._sites[0].num_heads), torch.nan, dtype=torch.float64)
+        # A copy each: safetensors refuses to write one tensor under several names.
+        traces = {f"{kind}.{p}{s}": missing.clone() for kind in ERROR_NAMES for p in PROJECTIONS for s in suffixes}
+        for index, (kind, error) in enumerate(present):
+            last = index == len(present) - 1
+            found = head_traces(error, self._sites, self._weights, retain_graph=not last, twins=twins)
+            traces |= {f"{kind}.{name}": trace for name, trace in found.items()}
+        return traces
+
+    def _memory(self, frames: int) -> contextlib.AbstractContextManager[None]:
+        if self._protocol.memory == "plain":
+            return contextlib.nullcontext()
+        return lean(self._model, self._adapter.family(self._model), self._sites, frames)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        if self._protocol.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self._protocol.autocast)
+
+
+@contextlib.contextmanager
+def measuring(adapter: Adapter, model: nn.Module, sites: Sequence[Site], protocol: Protocol) -> Iterator[Measurer]:
+    """Make a model ready to be measured, and give it back as it was.
+
+    Args:
+        adapter: of the model.
+        model: any mode; gradients are asked of the sites' projections alone.
+        sites: the L sites.
+        protocol: how to measure.
+    """
+    # A caller under inference_mode gets its gradients all the same.
+    with torch.inference_mode(False), only_sites_require_grad(model, sites), taps(adapter, model, sites) as found:
+        yield Measurer(adapter, model, sites, protocol, found)
+
+
+def _facts(scene: Scene, errors: Errors, present: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
+    facts |= {f"{kind}_error": error.item() for kind, error in present}
+    if errors.alignment is not None:
+        facts["alignment"] = errors.alignment.method
+    if errors.points is not None:
+        facts["inliers"] = errors.inliers
+    return facts

@@ -1,0 +1,85 @@
+"""`hess-patch calibrate --dry-run`: what the scenes at hand would take, in plain text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pluggy
+import torch
+from torch import nn
+
+from hess_plugin.plugins import resolve_adapter
+from hess_plugin.scenes.image_set import ImageSet
+from hess_plugin.scenes.scene import Scene
+
+from .estimate import Estimate, describe, estimate
+from .measuring import Protocol
+
+
+def rehearse(
+    model: nn.Module,
+    scenes: Sequence[Scene | ImageSet],
+    protocol: Protocol,
+    adapter: str | None = None,
+    manager: pluggy.PluginManager | None = None,
+) -> str:
+    """Tell what calibrating would take; the first scene is read, and one small view is run for its time.
+
+    Args:
+        model: on the device it would be calibrated on.
+        scenes: the first stands for all.
+        protocol: how they would be measured.
+        adapter: take this adapter instead of asking which one claims the model.
+        manager: plugin manager; a fresh one by default.
+
+    Raises:
+        CalibrationError: the model cannot be run without values.
+        SceneError: the first scene is malformed.
+    """
+    chosen = resolve_adapter(model, adapter, manager)
+    first, device = scenes[0], next(model.parameters()).device
+    size = (first.views, first.height, first.width)
+    found = estimate(chosen, model, *size, protocol)
+    autocast = "none" if protocol.autocast is None else str(protocol.autocast).removeprefix("torch.")
+    lines = [
+        f"{type(model).__name__} (adapter {chosen.name}), {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters, on {device}; {len(scenes)} scenes like {first.name}: {first.views} views of {first.height} x "
+        f"{first.width} px; memory {protocol.memory}, autocast {autocast}",
+        f"memory: {describe(found.total)} (weights {describe(found.weights)}, the rest {describe(found.activations)}); "
+        "a GPU needs 1 to 2 GB more for its context and fragmentation",
+    ]
+    if protocol.memory == "lean":
+        plain = estimate(chosen, model, *size, replace(protocol, memory="plain"), timed=False)
+        lines.append(f"without --memory lean: {describe(plain.total)}")
+    available = _available(device)
+    if available is not None:
+        lines.append(f"available: {describe(available)}{_verdict(found, available)}")
+    seconds = found.seconds or 0.0
+    lines.append(
+        f"time: about {_duration(seconds)} a scene, {_duration(seconds * len(scenes))} in all "
+        f"({found.flops / 1e12:.3g} TFLOP a scene, at the speed of one small view; reading and alignment come on top)"
+    )
+    return "\n".join(lines)
+
+
+def _verdict(found: Estimate, available: int) -> str:
+    if found.activations < available:
+        return ""
+    return ": NOT ENOUGH; use fewer --views, a smaller --resolution, or --autocast bfloat16"
+
+
+def _available(device: torch.device) -> int | None:
+    """Free memory of the device beside the model, which is on it already."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
