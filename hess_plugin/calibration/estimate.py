@@ -21,7 +21,8 @@ from hess_plugin.exceptions import CalibrationError
 from .live_memory import LiveMemory
 from .measuring import Protocol, measuring
 
-_PROBE_PIXELS = 224  # side of the one view whose forward is timed: large enough to keep a machine busy
+_PROBE_PIXELS = 224  # side of the views whose forward is timed
+_PROBE_FLOPS = 1e11  # one view is enough from here on: it keeps a machine busy
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def estimate(
     """Estimate what measuring one scene takes, without allocating it.
 
     The whole measurement (forward and a backward pass for each error, as `protocol` asks) runs on a copy of the
-    model whose tensors are fake: operations compute shapes and lifetimes only. With `timed`, one forward of one
-    small view is run for real, and its speed is taken for everything.
+    model whose tensors are fake: operations compute shapes and lifetimes only. With `timed`, a forward of one
+    small view (of all views, where one keeps no machine busy) is run for real and its speed taken for everything.
 
     Args:
         adapter: of the model.
@@ -64,7 +65,7 @@ def estimate(
         height: rows of an image, pixels.
         width: columns of an image, pixels.
         protocol: how the scenes will be measured.
-        timed: whether to run the small real forward.
+        timed: whether to run the small real forward too.
 
     Raises:
         CalibrationError: the model cannot run without values; it then can be calibrated all the same.
@@ -76,8 +77,11 @@ def estimate(
     if not timed:
         return found
     side = adapter.family(model).framing.whole(min(_PROBE_PIXELS, height, width))
-    probe = _fake_run(adapter, model, (1, side, side), protocol, backward=False)
-    return replace(found, seconds=found.flops * _seconds(adapter, model, side, protocol) / max(1, probe.flops))
+    for count in (1, views):
+        flops = _fake_run(adapter, model, (count, side, side), protocol, backward=False).flops
+        if flops >= _PROBE_FLOPS:
+            break
+    return replace(found, seconds=found.flops * _seconds(adapter, model, (count, side, side), protocol) / max(1, flops))
 
 
 def _fake_run(
@@ -133,10 +137,11 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> 
     return copy.deepcopy(model, memo)
 
 
-def _seconds(adapter: Adapter, model: nn.Module, side: int, protocol: Protocol) -> float:
-    """The best of two real forwards of one view."""
+def _seconds(adapter: Adapter, model: nn.Module, size: tuple[int, int, int], protocol: Protocol) -> float:
+    """The best of two real forwards of `views, height, width`."""
     device = next(model.parameters()).device
-    images = torch.rand(1, 3, side, side, device=device)
+    views, height, width = size
+    images = torch.rand(views, 3, height, width, device=device)
     times = []
     with _quiet(), measuring(adapter, model, adapter.sites(model), protocol) as measurer, torch.no_grad():
         for _ in itertools.repeat(None, 2):

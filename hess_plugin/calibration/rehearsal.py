@@ -25,7 +25,7 @@ def rehearse(
     adapter: str | None = None,
     manager: pluggy.PluginManager | None = None,
 ) -> str:
-    """Tell what calibrating would take; the first scene is read, and one small view is run for its time.
+    """Tell what calibrating would take; the first scene is read, and a small forward is run for its time.
 
     Args:
         model: on the device it would be calibrated on.
@@ -59,7 +59,7 @@ def rehearse(
     seconds = found.seconds or 0.0
     lines.append(
         f"time: about {_duration(seconds)} a scene, {_duration(seconds * len(scenes))} in all "
-        f"({found.flops / 1e12:.3g} TFLOP a scene, at the speed of one small view; reading and alignment come on top)"
+        f"({found.flops / 1e12:.3g} TFLOP a scene, at the speed of a small forward; reading and alignment come on top)"
     )
     return "\n".join(lines)
 
