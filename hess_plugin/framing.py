@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 from .exceptions import SceneError
 
@@ -36,8 +36,8 @@ class Framing:
 
     Attributes:
         multiple: image sides become multiples of this many pixels.
-        resolution: the size that `mode` scales to, in pixels; None keeps the images' own size, up to whole
-            multiples.
+        resolution: the size that `mode` scales to, in pixels, which may be a fraction where it is the root of an
+            area; None keeps the images' own size, up to whole multiples.
         mode: ``longest`` (the whole image, longest side at `resolution`), ``area`` (the whole image, at most
             ``resolution ** 2`` pixels), ``crop`` (width at `resolution`, rows beyond it cut off evenly above and
             below), ``pad`` (the whole image, longest side at `resolution`, white bars to a square).
@@ -47,13 +47,13 @@ class Framing:
     """
 
     multiple: int = 1
-    resolution: int | None = None
+    resolution: float | None = None
     mode: str = "longest"
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise SceneError(f"framing mode is {self.mode!r}, wanted one of {', '.join(MODES)}.")
-        if self.multiple < 1 or (self.resolution is not None and self.resolution < self.multiple):
+        if self.multiple < 1 or (self.resolution is not None and not self.multiple <= self.resolution < inf):
             raise SceneError(
                 f"images cannot have sides that are multiples of {self.multiple} at a resolution of "
                 f"{self.resolution}; ask for a resolution of at least one multiple."
@@ -67,25 +67,32 @@ class Framing:
         """The nearest multiple to a number of pixels, at least one multiple."""
         return max(1, round(pixels / self.multiple)) * self.multiple
 
-    def whole_below(self, pixels: int) -> int:
+    def whole_below(self, pixels: float) -> int:
         """The largest multiple up to a number of pixels."""
-        return pixels // self.multiple * self.multiple
+        return int(pixels // self.multiple) * self.multiple
+
+
+# The factor first and then the product, as upstream's loaders compute it: a side that falls exactly between two
+# multiples is rounded by the last bit of it.
 
 
 def _longest(framing: Framing, height: int, width: int) -> Placement:
     longest = max(height, width)
     target = framing.whole(longest) if framing.resolution is None else framing.whole_below(framing.resolution)
-    return _uncut(framing.whole(height * target / longest), framing.whole(width * target / longest))
+    factor = target / longest
+    return _uncut(framing.whole(height * factor), framing.whole(width * factor))
 
 
 def _area(framing: Framing, height: int, width: int) -> Placement:
     if framing.resolution is None:
         return _uncut(framing.whole(height), framing.whole(width))
-    limit, factor = framing.resolution**2, framing.resolution / sqrt(height * width)
-    rows, columns = framing.whole(height * factor), framing.whole(width * factor)
+    limit = round(framing.resolution**2)
+    factor = sqrt(limit / (height * width))
+    high, wide = height * factor, width * factor
+    rows, columns = framing.whole(high), framing.whole(wide)
     while rows * columns > limit:
         # Shorten the side that is too long for the aspect; one multiple is the least a side can have.
-        if columns > framing.multiple and (columns / rows > width / height or rows == framing.multiple):
+        if columns > framing.multiple and (columns / rows > wide / high or rows == framing.multiple):
             columns -= framing.multiple
         else:
             rows -= framing.multiple
@@ -94,7 +101,7 @@ def _area(framing: Framing, height: int, width: int) -> Placement:
 
 def _crop(framing: Framing, height: int, width: int) -> Placement:
     columns = framing.whole(width) if framing.resolution is None else framing.whole_below(framing.resolution)
-    scaled = framing.whole(height * columns / width)
+    scaled = framing.whole(height * (columns / width))
     limit = scaled if framing.resolution is None else columns
     rows = min(scaled, limit)
     return Placement(scaled, columns, (scaled - rows) // 2, 0, rows, columns)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import pluggy
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import hess_plugin_cuda
@@ -23,6 +23,7 @@ from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
 from .report import PatchReport
+from .scoring import Scoring, head_scores
 from .settings import Settings
 from .sites import Site
 
@@ -35,9 +36,12 @@ class Patch:
     Made by `patch`. `remove` gives the model back exactly as it was; it may be called any number of times.
     """
 
-    def __init__(self, attentions: list[SiteAttention], settings: Settings, backend: str) -> None:
+    def __init__(
+        self, attentions: list[SiteAttention], settings: Settings, backend: str, scoring: Scoring | None
+    ) -> None:
         self._attentions = attentions
         self._settings = settings
+        self._scoring = scoring
         self._backend = backend
         self._undo = contextlib.ExitStack()
         self._active = True
@@ -55,6 +59,7 @@ class Patch:
     def report(self) -> PatchReport:
         """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
         settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
+        settings |= {} if self._scoring is None else asdict(self._scoring)
         sites = tuple(attention.tally.report() for attention in self._attentions)
         return PatchReport(sites, self._backend, self._settings.allocation, settings)
 
@@ -87,6 +92,8 @@ def patch(
     minimum: int = 2,
     camera_weight: float | None = None,
     projection: str = "q",
+    normalisation: str = "sum",
+    rows: str = "all",
     seed: int = 0,
     strict: bool = True,
     adapter: str | None = None,
@@ -121,6 +128,9 @@ def patch(
         minimum: key blocks every row keeps at least.
         camera_weight: lambda of the score, 0 to 1; the profile's by default.
         projection: whose traces make the score: ``q`` (the method) or the published ablations ``k`` and ``v``.
+        normalisation: how the errors' traces are made comparable: ``sum`` (the method), or the ablations ``raw``,
+            ``linear``, ``softmax`` and ``log`` (see `hess_plugin.scoring.Scoring`).
+        rows: ``all``, or ``patch`` for the gradient through patch tokens' rows alone, if the profile recorded it.
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
         adapter: take this adapter instead of asking which one claims the model.
@@ -131,7 +141,7 @@ def patch(
 
     Raises:
         UnknownModel, AmbiguousModel: not exactly one adapter claims the model.
-        ProfileError, ProfileMismatch: the profile cannot be read or is not this model's.
+        ProfileError, ProfileMismatch: the profile cannot be read, is not this model's or has no such score.
         PatchError: the model is patched already, or a setting is out of range.
     """
     if sparsity is None and sparse_ratio is None and cdf_threshold is None:
@@ -155,21 +165,25 @@ def patch(
         raise PatchError(
             f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE."
         )
-    if profile is None and camera_weight is not None:
+    scoring = Scoring(camera_weight, projection, normalisation, rows)
+    if profile is None and scoring != Scoring():
         raise PatchError(
-            f"camera_weight={camera_weight} weighs a profile's errors and none was given; pass profile=FILE."
+            f"a score was chosen ({scoring}), which is made of a profile, and none was given; pass profile=FILE."
         )
     chosen = resolve_adapter(model, adapter, manager)
     if is_patched(model):
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
     sites = chosen.sites(model)
-    scores = _scores(profile, sites, camera_weight, projection, strict)
+    if profile is not None:
+        profile = _checked(profile, sites, strict)
+        scoring = scoring.resolved(profile)
+    scores = None if profile is None else head_scores(profile, scoring)
     backend_name = _resolve_backend(backend, sites[0])
     layouts = Layouts(block_order, block_k)
     attentions = [
         SiteAttention(site, settings, None if scores is None else scores[i], layouts, i) for i, site in enumerate(sites)
     ]
-    handle = Patch(attentions, settings, backend_name)
+    handle = Patch(attentions, settings, backend_name, None if profile is None else scoring)
     # If anything fails half way, the sites replaced so far are put back.
     with contextlib.ExitStack() as undo:
         for site, attention in zip(sites, attentions, strict=True):
@@ -194,18 +208,14 @@ def unpatch(model: nn.Module) -> int:
     return sum(restore(module) for module in model.modules())
 
 
-def _scores(
-    profile: Profile | str | Path | None, sites: list[Site], weight: float | None, projection: str, strict: bool
-) -> Tensor | None:
-    """Read a profile, check it against the sites and return its scores ``[L, H]``."""
-    if profile is None:
-        return None
+def _checked(profile: Profile | str | Path, sites: list[Site], strict: bool) -> Profile:
+    """Read a profile, if it is a file, and check it against the sites."""
     if isinstance(profile, (str, Path)):
         profile = Profile.load(profile)
     if not isinstance(profile, Profile):
         raise PatchError(f"profile is of type {type(profile).__name__}, wanted a Profile or the name of its file.")
     profile.check(sites, weights_fingerprint(sites) if strict else None)
-    return profile.scores(weight, projection)
+    return profile
 
 
 def _resolve_backend(backend: str, site: Site) -> str:

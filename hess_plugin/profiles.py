@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from .exceptions import ProfileError, ProfileMismatch
 from .files import write_bytes
+from .scoring import ERROR_NAMES, ROWS, Scoring, head_scores, trace_name
 from .sites import PROJECTIONS, Site
 
-FORMAT_VERSION = 1
-ERROR_NAMES = ("camera", "points")
+FORMAT_VERSION = 2  # traces through patch rows may be there; without them a file is written as version 1
 _METADATA_KEY = "hess_profile"
 
 
@@ -34,7 +35,8 @@ class Profile:
         scenes: ids of the calibration scenes, in order.
         traces: squared gradient norm of each head by ``"<error>.<projection>"`` (errors ``camera`` and
             ``points``, projections ``q``, ``k``, ``v``), float64 ``[scenes, L, H]``; a scene that has no such
-            error holds NaN throughout. ``tr F`` of HeSS, eq. 6, is the mean over scenes.
+            error holds NaN throughout. ``tr F`` of HeSS, eq. 6, is the mean over scenes. Optionally, all six
+            again as ``"<error>.<projection>.patch"``: the gradient that went through patch tokens' rows alone.
         camera_weight: share of the camera trace in the score (lambda of HeSS, eq. 9).
         fingerprint: `weights_fingerprint` of the calibrated model.
         metadata: provenance (weights, resolution, dtype, versions, date, settings), JSON types only.
@@ -51,9 +53,12 @@ class Profile:
 
     def __post_init__(self) -> None:
         shape = (len(self.scenes), len(self.sites), self.num_heads)
-        wanted = {f"{error}.{projection}" for error in ERROR_NAMES for projection in PROJECTIONS}
-        if set(self.traces) != wanted:
-            raise ProfileError(f"a profile holds the traces {sorted(wanted)}, this one has {sorted(self.traces)}.")
+        wanted = {rows: {trace_name(e, p, rows) for e in ERROR_NAMES for p in PROJECTIONS} for rows in ROWS}
+        if set(self.traces) not in (wanted["all"], wanted["all"] | wanted["patch"]):
+            raise ProfileError(
+                f"a profile holds the traces {sorted(wanted['all'])}, and none or all of {sorted(wanted['patch'])}; "
+                f"this one has {sorted(self.traces)}."
+            )
         if not self.scenes or not self.sites or self.num_heads < 1:
             raise ProfileError(f"a profile needs scenes, sites and heads; this one has {shape} of them.")
         for name, trace in self.traces.items():
@@ -66,52 +71,53 @@ class Profile:
         if not 0.0 <= self.camera_weight <= 1.0:
             raise ProfileError(f"camera_weight is {self.camera_weight}, wanted a number from 0 to 1.")
 
-    def mean_traces(self, error: str, projection: str = "q") -> Tensor | None:
+    @property
+    def has_patch_rows(self) -> bool:
+        """Whether the traces through patch rows were recorded, which ``rows="patch"`` needs."""
+        return trace_name("camera", "q", "patch") in self.traces
+
+    def scene_traces(self, error: str, projection: str = "q", rows: str = "all") -> Tensor:
+        """Look up one trace of every scene: ``[scenes, L, H]``, NaN throughout a scene without this error.
+
+        Raises:
+            ProfileError: an unknown projection or rows, or the profile has no traces through patch rows.
+        """
+        Scoring(projection=projection, rows=rows)
+        if rows == "patch" and not self.has_patch_rows:
+            raise ProfileError(
+                "rows 'patch' needs traces through patch rows and this profile was calibrated without them; "
+                "calibrate again, or take rows 'all'."
+            )
+        return self.traces[trace_name(error, projection, rows)]
+
+    def mean_traces(self, error: str, projection: str = "q", rows: str = "all") -> Tensor | None:
         """Average one trace over the scenes that have this error: ``[L, H]``, or None if no scene has it."""
-        trace = self.traces[f"{error}.{projection}"]
+        trace = self.scene_traces(error, projection, rows)
         measured = trace[~trace.isnan().flatten(1).any(1)]
         return measured.mean(0) if len(measured) else None
 
-    def scores(self, camera_weight: float | None = None, projection: str = "q") -> Tensor:
-        """Compute the Head Sensitivity Score (HeSS, eq. 7 to 9).
-
-        Each error's mean trace is divided by its sum over the heads of the layer; the two shares are mixed.
-        Where a layer has no camera gradient (or no scene has one), its score is the point share alone, and
-        the other way round: a 0/0 there would be no information about the heads.
-
-        Args:
-            camera_weight: lambda, from 0 (points only) to 1 (camera only); the profile's own by default.
-            projection: ``q`` (the method), or the published ablations ``k`` and ``v``.
+    def scores(
+        self,
+        camera_weight: float | None = None,
+        projection: str = "q",
+        normalisation: str = "sum",
+        rows: str = "all",
+    ) -> Tensor:
+        """Compute the Head Sensitivity Score (HeSS, eq. 7 to 9) or one of its ablations, as `Scoring` describes.
 
         Returns:
             float64 ``[L, H]``, each row summing to 1.
 
         Raises:
-            ProfileError: an unknown projection, a weight outside 0 to 1, or a layer without any gradient in
+            ProfileError: an unknown option, traces that were not recorded, or a layer without any gradient in
                 the errors that the weight selects.
         """
-        weight = self.camera_weight if camera_weight is None else camera_weight
-        if projection not in PROJECTIONS or not 0.0 <= weight <= 1.0:
-            raise ProfileError(
-                f"scores of projection {projection!r} with camera_weight {weight}: wanted q, k or v and 0 to 1."
-            )
-        mixed = torch.zeros(len(self.sites), self.num_heads, dtype=torch.float64)
-        used = torch.zeros(len(self.sites), 1, dtype=torch.float64)
-        for error, share in zip(ERROR_NAMES, (weight, 1.0 - weight), strict=True):
-            trace = self.mean_traces(error, projection)
-            if trace is None or share == 0.0:
-                continue
-            total = trace.sum(-1, keepdim=True)
-            present = (total > 0).double()
-            mixed += share * present * trace / total.clamp(min=torch.finfo(torch.float64).tiny)
-            used += share * present
-        if bool((used == 0).any()):
-            empty = [name for name, share in zip(self.sites, used[:, 0].tolist(), strict=True) if share == 0]
-            raise ProfileError(
-                f"with camera_weight {weight} the profile has no gradient at {empty[0]} ({len(empty)} of "
-                f"{len(self.sites)} sites); calibrate on scenes that have the missing error or change camera_weight."
-            )
-        return mixed / used
+        return head_scores(self, Scoring(camera_weight, projection, normalisation, rows))
+
+    def with_camera_weight(self, camera_weight: float) -> Profile:
+        """Copy the profile with another lambda, which needs no second calibration; the metadata say it was given."""
+        metadata = {**self.metadata, "camera_weight_source": "given"}
+        return dataclasses.replace(self, camera_weight=camera_weight, metadata=metadata)
 
     def check(self, sites: Sequence[Site], fingerprint: str | None = None) -> None:
         """Check that the profile belongs to a model.
@@ -143,7 +149,8 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile as safetensors with JSON metadata, atomically."""
         header = {
-            "format_version": FORMAT_VERSION,
+            # What an older version can read is written for it.
+            "format_version": FORMAT_VERSION if self.has_patch_rows else 1,
             "adapter": self.adapter,
             "sites": list(self.sites),
             "num_heads": self.num_heads,
@@ -165,9 +172,9 @@ class Profile:
         """
         header, tensors = _read(Path(path))
         version = header.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise ProfileError(
-                f"{path} has profile format {version}, this version of hess-plugin reads {FORMAT_VERSION}; "
+                f"{path} has profile format {version}, this version of hess-plugin reads 1 and {FORMAT_VERSION}; "
                 "upgrade hess-plugin or calibrate again."
             )
         try:

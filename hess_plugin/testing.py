@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapting import Adapter
 from .calibration.calibrator import calibrate
 from .calibration.fisher import head_traces, only_sites_require_grad
+from .calibration.measuring import MEMORY, Protocol, measuring
 from .exceptions import AdapterError, PatchError
 from .interception import SDPA, intercept
 from .patching import patch, unpatch
@@ -113,6 +114,7 @@ class _Suite:
             ("an exception inside a patched forward leaves nothing behind", self.exception_is_safe),
             ("a deepcopy of a patched model runs by itself", self.deepcopy_runs),
             ("errors have a gradient at every site", self.gradient_everywhere),
+            ("measuring in little memory gives the same traces and leaves no trace", self.lean_is_exact),
             ("calibrating gives a profile that patches the model", self.profile_works),
         ]
 
@@ -240,6 +242,24 @@ class _Suite:
         total = torch.stack(traces).sum((0, 2))
         silent = [site.name for site, value in zip(sites, total.tolist(), strict=True) if value == 0.0]
         return f"no gradient reaches {silent[0]}; hess_predict must not detach" if silent else None
+
+    def lean_is_exact(self) -> str | None:
+        before, sites, traces = _state(self.model), self.adapter.sites(self.model), []
+        for memory in MEMORY:
+            with measuring(self.adapter, self.model, sites, Protocol(eps=_ANY_DISTANCE, memory=memory)) as measurer:
+                traces.append(measurer.measure(self.scene).traces)
+        after = _state(self.model)
+        changed = [name for name in before if before[name] != after.get(name)]
+        if changed or len(after) != len(before):
+            return f"{changed[0] if changed else 'something new'} was left changed"
+        for name, first in traces[0].items():
+            worst = (first - traces[1][name]).abs().max().item() / max(first.max().item(), 1e-300)
+            if not worst <= 1e-3 and not bool(first.isnan().all()):
+                return (
+                    f"traces {name} differ by {worst:.1e} of the largest; blocks must be modules that draw nothing at "
+                    "random, frame_heads must treat frames alone"
+                )
+        return None
 
     def profile_works(self) -> str | None:
         profile = calibrate(

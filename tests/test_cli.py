@@ -73,7 +73,7 @@ def left_behind() -> list[str]:
 def test_help_of_everything(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0 and all(command in result.stdout for command in COMMANDS)
-    assert {"calibrate", "demo", "plugins", "show", "sites"} <= set(COMMANDS)
+    assert {"calibrate", "compare", "demo", "evaluate", "plugins", "show", "sites"} <= set(COMMANDS)
     for command in COMMANDS:
         for flag in ("--help", "-h"):
             result = invoke(command, flag)
@@ -115,8 +115,9 @@ def test_calibrate_and_show(invoke: Invoke, profile: Path, tmp_path: Path) -> No
     assert [path.name for path in profile.parent.iterdir()] == [profile.name]
     result = invoke("show", profile, "--png", "heads.png", "--heads", 3, "--camera-weight", 1)
     assert result.exit_code == 0 and "WARNING" not in result.output
-    assert "adapter vggt, 4 sites of 8 heads, 2 scenes, camera weight 1" in result.stdout
-    assert result.stdout.count(" head ") >= 6 and "wrote heads.png" in result.stdout
+    assert "adapter vggt, 4 sites of 8 heads, 2 scenes, camera weight 0.5" in result.stdout
+    assert "score: camera weight 1, projection q" in result.stdout and "wrote heads.png" in result.stdout
+    assert result.stdout.count("\n  aggregator.") == 6 and "verdict: cannot tell: 2 scenes" in result.stdout
     assert Path("heads.png").read_bytes().startswith(b"\x89PNG") and left_behind() == ["heads.png"]
 
 
@@ -331,6 +332,31 @@ def test_evaluate_measures_every_arm(invoke: Invoke, data: str, profile: Path) -
     assert {row["arm"] for row in rows} == {"dense", "uniform", "reverse", "uncapped"} and len(rows) == 2 * 7
     matched = [row for row in rows if row["arm"] in ("uniform", "reverse")]
     assert all(float(row["sparsity"]) == pytest.approx(float(row["target"]), abs=0.02) for row in matched)
+    assert {(row["profile"], row["camera_weight"], row["normalisation"]) for row in rows} == {
+        (str(profile), "0.5", "sum")
+    }
+
+
+def test_evaluate_divides_by_the_score_asked_for(invoke: Invoke, data: str, profile: Path) -> None:
+    options = ["--model", "demo", "--data", data, "--scenes", "1", "--block-q", "8", "--block-k", "8"]
+    chosen = ["--projection", "k", "--normalisation", "softmax", "--camera-weight", "0.9"]
+    found = []
+    for index, score in enumerate(([], chosen)):
+        result = invoke("evaluate", *options, "--profile", profile, "--sparsity", "0.8", *score, "-o", f"{index}.csv")
+        assert result.exit_code == 0, result.output
+        with Path(f"{index}.csv").open() as file:
+            found.append({row["arm"]: row for row in csv.DictReader(file)})
+    assert "score: camera weight 0.9, projection k, normalisation softmax, rows all" in result.output
+    method, ablation = found
+    assert method["uniform"]["ate"] == ablation["uniform"]["ate"] and method["hess"]["ate"] != ablation["hess"]["ate"]
+    names = ("camera_weight", "projection", "normalisation", "rows")
+    assert [ablation["hess"][name] for name in names] == ["0.9", "k", "softmax", "all"]
+
+
+def test_evaluate_refuses_a_score_without_a_profile(invoke: Invoke, data: str) -> None:
+    for score in (("--normalisation", "log"), ("--rows", "patch"), ("--projection", "v"), ("--camera-weight", "0")):
+        result = invoke("evaluate", "--model", "demo", "--data", data, *score)
+        assert_one_sentence(result, "made of a profile, and none was given; add --profile", code=2)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The profile: written and read bit for bit, refused when damaged, scored as the paper says."""
+"""The profile: written and read bit for bit, refused when damaged, held to its model."""
 
 from __future__ import annotations
 
@@ -48,16 +48,6 @@ def make(**changes: Any) -> Profile:
         "metadata": {"weights": "x", "resolution": 518, "nested": {"list": [1, None, 2.5]}, "é": "ü"},
     }
     return Profile(**{**fields, **changes})
-
-
-def with_traces(**named: Tensor) -> Profile:
-    """A profile whose other traces are all one."""
-    first = next(iter(named.values()))
-    traces = {f"{e}.{p}": torch.ones_like(first) for e in ERROR_NAMES for p in PROJECTIONS}
-    traces |= {name.replace("_", "."): trace for name, trace in named.items()}
-    return make(
-        traces=traces, scenes=tuple("abc"[: len(first)]), sites=SITES[: first.shape[1]], num_heads=first.shape[2]
-    )
 
 
 # ---------------------------------------------------------------- the file
@@ -162,7 +152,7 @@ def rewrite(path: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda h, t: h.update(format_version=FORMAT_VERSION + 1), "has profile format 2, .* reads 1; upgrade"),
+        (lambda h, t: h.update(format_version=FORMAT_VERSION + 1), "has profile format 3, .* reads 1 and 2; upgrade"),
         (lambda h, t: h.pop("format_version"), "has profile format None"),
         (lambda h, t: h.pop("sites"), "is not a complete profile: KeyError"),
         (lambda h, t: h.update(num_heads="four"), "is not a complete profile"),
@@ -188,67 +178,64 @@ def test_headers_that_are_wrong_are_told_with_the_file(tmp_path: Path, change: A
     assert "a.hess" in str(caught.value)
 
 
-# ---------------------------------------------------------------- scores
+# ---------------------------------------------------------------- traces through patch rows, another camera weight
 
 
-@pytest.mark.parametrize("weight", [None, 0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("projection", PROJECTIONS)
-def test_scores_are_the_mixed_shares_of_the_mean_traces(weight: float | None, projection: str) -> None:
-    profile = make()
-    camera, points = (profile.traces[f"{error}.{projection}"].mean(0) for error in ERROR_NAMES)
-    lam = 0.3 if weight is None else weight
-    wanted = lam * camera / camera.sum(1, keepdim=True) + (1 - lam) * points / points.sum(1, keepdim=True)
-    scores = profile.scores(weight, projection)
-    torch.testing.assert_close(scores, wanted)
-    torch.testing.assert_close(scores.sum(1), torch.ones(3, dtype=torch.float64))
+def with_patch_rows(**changes: Any) -> Profile:
+    traces = traces_of()
+    return make(traces=traces | {f"{name}.patch": trace / 2 for name, trace in traces.items()}, **changes)
 
 
-def test_a_layer_without_camera_gradient_is_scored_by_its_points() -> None:
-    camera = torch.rand(2, 3, 4, dtype=torch.float64)
-    camera[:, 1] = 0  # what the last layer of a model may do
-    points = torch.rand(2, 3, 4, dtype=torch.float64)
-    profile = with_traces(camera_q=camera, points_q=points)
-    shares = points.mean(0) / points.mean(0).sum(1, keepdim=True)
-    for weight in (0.3, 0.5, 0.999):
-        scores = profile.scores(weight)
-        torch.testing.assert_close(scores[1], shares[1])
-        torch.testing.assert_close(scores.sum(1), torch.ones(3, dtype=torch.float64))
-    assert torch.equal(profile.scores(0.0), shares)
-    with pytest.raises(ProfileError, match=r"no gradient at aggregator\.global_blocks\.1\.attn \(1 of 3 sites\)"):
-        profile.scores(1.0)
+def format_of(path: Path) -> int:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["hess_profile"])["format_version"]
 
 
-def test_scenes_without_an_error_do_not_enter_its_mean() -> None:
-    points = torch.rand(3, 2, 4, dtype=torch.float64)
-    points[1] = torch.nan
-    camera = torch.rand(3, 2, 4, dtype=torch.float64)
-    profile = with_traces(points_q=points, camera_q=camera)
-    torch.testing.assert_close(profile.mean_traces("points"), points[[0, 2]].mean(0))
-    assert torch.isfinite(profile.scores(0.5)).all()
+def test_patch_rows_are_written_read_and_looked_up(tmp_path: Path) -> None:
+    profile = with_patch_rows()
+    profile.traces["points.q.patch"][1] = torch.nan
+    profile.save(tmp_path / "a.hess")
+    loaded = Profile.load(tmp_path / "a.hess")
+    assert len(loaded.traces) == 12 and loaded.has_patch_rows and format_of(tmp_path / "a.hess") == 2
+    for name, trace in profile.traces.items():
+        assert torch.equal(loaded.traces[name].view(torch.int64), trace.view(torch.int64)), name
+    assert torch.equal(loaded.scene_traces("camera", "k", "patch"), profile.traces["camera.k.patch"])
+    assert torch.equal(loaded.scene_traces("camera", "k"), profile.traces["camera.k"])
+    mean = loaded.mean_traces("points", "q", "patch")
+    assert mean is not None and torch.equal(mean, profile.traces["points.q.patch"][[0, 2]].mean(0))
 
 
-def test_an_error_that_no_scene_has() -> None:
-    points = torch.full((2, 2, 4), torch.nan, dtype=torch.float64)
-    camera = torch.rand(2, 2, 4, dtype=torch.float64)
-    profile = with_traces(points_q=points, camera_q=camera)
-    assert profile.mean_traces("points") is None
-    shares = camera.mean(0) / camera.mean(0).sum(1, keepdim=True)
-    for weight in (0.5, 1.0):
-        torch.testing.assert_close(profile.scores(weight), shares)
-    with pytest.raises(ProfileError, match=r"camera_weight 0\.0 the profile has no gradient .*change camera_weight"):
-        profile.scores(0.0)
+def test_what_an_older_version_can_read_is_written_for_it(tmp_path: Path) -> None:
+    make().save(tmp_path / "a.hess")
+    assert format_of(tmp_path / "a.hess") == 1 and not Profile.load(tmp_path / "a.hess").has_patch_rows
 
 
-def test_scores_do_not_depend_on_the_size_of_an_error() -> None:
-    profile = make()
-    scaled = {n: t * (1e-12 if n.startswith("camera") else 1e9) for n, t in profile.traces.items()}
-    torch.testing.assert_close(make(traces=scaled).scores(), profile.scores())
+@pytest.mark.parametrize("missing", ["camera.q.patch", "points.v.patch"])
+def test_patch_rows_come_all_or_none(missing: str) -> None:
+    traces = dict(with_patch_rows().traces)
+    del traces[missing]
+    with pytest.raises(ProfileError, match=r"and none or all of \['camera.k.patch'"):
+        make(traces=traces)
 
 
-@pytest.mark.parametrize("weight, projection", [(-0.1, "q"), (1.1, "q"), (float("nan"), "q"), (0.5, "o"), (0.5, "")])
-def test_scores_refuse_what_they_cannot_mix(weight: float, projection: str) -> None:
-    with pytest.raises(ProfileError, match="wanted q, k or v and 0 to 1"):
-        make().scores(weight, projection)
+def test_patch_rows_that_were_not_recorded_are_told() -> None:
+    for ask in (lambda p: p.scores(rows="patch"), lambda p: p.mean_traces("camera", "q", "patch")):
+        with pytest.raises(ProfileError, match=r"traces through patch rows .* calibrate again, or take rows 'all'\."):
+            ask(make())
+    with pytest.raises(ProfileError, match="rows 'special' was given, wanted one of all, patch"):
+        with_patch_rows().scene_traces("camera", "q", "special")
+
+
+def test_another_camera_weight_is_another_profile_of_the_same_traces(tmp_path: Path) -> None:
+    profile = with_patch_rows(metadata={"camera_weight_source": "the family's", "weights": "x"})
+    other = profile.with_camera_weight(0.9)
+    assert other.camera_weight == 0.9 and other.metadata == {"camera_weight_source": "given", "weights": "x"}
+    assert profile.camera_weight == 0.3 and profile.metadata["camera_weight_source"] == "the family's"
+    assert torch.equal(other.scores(), profile.scores(0.9))
+    other.save(tmp_path / "a.hess")
+    assert torch.equal(Profile.load(tmp_path / "a.hess").scores(rows="patch"), profile.scores(0.9, rows="patch"))
+    with pytest.raises(ProfileError, match=r"camera_weight is 1\.5"):
+        profile.with_camera_weight(1.5)
 
 
 # ---------------------------------------------------------------- whose it is

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hess_plugin.adapting import Adapter
-from hess_plugin.exceptions import CalibrationError
+from hess_plugin.exceptions import CalibrationError, HessError
 from hess_plugin.predictions import Prediction
 from hess_plugin.profiles import ERROR_NAMES
 from hess_plugin.scenes.image_set import ImageSet
@@ -80,7 +80,24 @@ class Measurer:
         Raises:
             CalibrationError: the scene cannot be aligned, has no usable error, or a gradient is not finite.
             SceneError: the scene is malformed.
+            HessError: it does not fit into memory.
         """
+        try:
+            return self._measure(scene)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            # Not one of the errors for which a scene is skipped: all others would be too large as well.
+            raise HessError(
+                f"Scene {scene.name} ({scene.views} views of {scene.height} x {scene.width}) does not fit into memory; "
+                f"use fewer views, a smaller resolution{self._advice()}."
+            ) from error
+
+    def _advice(self) -> str:
+        lean = "" if self._protocol.memory == "lean" else ', memory="lean"'
+        return lean + ("" if self._protocol.autocast is not None else ", or bfloat16 autocast")
+
+    def _measure(self, scene: Scene | ImageSet) -> Measured:
         device = self._weights[0].device
         with self._memory(scene.views), torch.enable_grad():
             with self._autocast(device):

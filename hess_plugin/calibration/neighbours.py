@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from hess_plugin.exceptions import CalibrationError, MissingDependency
 CENTROIDS = 4096
 PROBES = 16
 POINTS_PER_CENTROID = 39  # fewer, and Faiss warns that the centroids are not trained
+_GPU_SCRATCH = 128 * 2**20
 _TRAINED_PER_CENTROID = 64  # more only makes training slower: in 3D the recall is already full
 
 
@@ -21,7 +24,8 @@ class CloudIndex:
     """A point cloud prepared for nearest-neighbour queries (HeSS: Faiss IVFFlat, 4096 centroids, 16 probes).
 
     Clouds too small to train 4096 centroids (below 159 744 points) get an exhaustive index, which is also
-    faster there. Training has a fixed seed and runs on the CPU.
+    faster there. Training has a fixed seed and runs on the CPU; where the points are on a GPU and Faiss is built
+    for it, the trained index is then moved there.
     """
 
     def __init__(self, points: Tensor, *, seed: int = 0) -> None:
@@ -40,7 +44,7 @@ class CloudIndex:
             raise CalibrationError("The true cloud has values that are not finite; remove them.")
         # Faiss computes |a|^2 - 2ab + |b|^2 in float32: far from the origin that would lose every digit.
         self._origin = self.points.double().mean(0)
-        self._index = _build(self._prepared(self.points), seed)
+        self._index = _moved(_build(self._prepared(self.points), seed), self.points.device)
 
     def __len__(self) -> int:
         """Number of points."""
@@ -87,6 +91,28 @@ def _build(points: Any, seed: int) -> Any:
         index.train(points)
         index.add(points)
     return index
+
+
+def _moved(index: Any, device: torch.device) -> Any:
+    """The index on a GPU if the points are on one and this Faiss can use it, else as it is."""
+    faiss = _import_faiss()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return index
+    number = device.index if device.index is not None else torch.cuda.current_device()
+    try:
+        return faiss.index_cpu_to_gpu(_gpu_resources(number), number, index)
+    except RuntimeError as error:  # a wheel without code for this GPU, no memory left, ...
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"Faiss cannot use {device} ({reason}); nearest neighbours run on the CPU.", stacklevel=3)
+        return index
+
+
+@functools.cache
+def _gpu_resources(number: int) -> Any:
+    """Faiss's scratch memory on one GPU, kept: its default, up to 1.5 GB, would be taken from the model."""
+    resources = _import_faiss().StandardGpuResources()
+    resources.setTempMemory(_GPU_SCRATCH)
+    return resources
 
 
 @contextmanager

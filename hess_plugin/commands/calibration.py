@@ -47,7 +47,9 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
     A killed calibration goes on where it stopped: run the same command again.
     """
     if output is None and not dry_run:
-        raise click.UsageError("Missing option '-o': name the profile to write, or ask with --dry-run what it takes.")
+        raise click.UsageError(
+            "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
+        )
     if output is not None:
         check_writable(output)
     import torch
@@ -73,7 +75,12 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
                 eps=options["eps"],
                 autocast=autocast,
                 memory=options["memory"],
-                metadata={"model": model, "weights": weights or "shipped", **{name: options[name] for name in DATA}},
+                metadata={
+                    "model": model,
+                    "weights": weights or "shipped",
+                    **{name: options[name] for name in DATA},
+                    "data": " ".join(options["data"]),
+                },
                 progress=lambda done, total, scene: note("calibrate", done, total, scene),
                 adapter=options["adapter"],
                 manager=manager,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
 from .options import COUNT, DATA, FILE, OUTPUT, data_options, model_and_scenes, model_options
+from .scoring import score_options, scoring_of
 
 
 @click.command()
@@ -18,6 +20,7 @@ from .options import COUNT, DATA, FILE, OUTPUT, data_options, model_and_scenes, 
 @data_options
 @click.option("--profile", type=FILE, help="Profile for the arms that divide budgets by score.")
 @click.option("--any-weights", is_flag=True, help="Accept a profile that was calibrated on other weights.")
+@score_options
 @click.option("--sparsity", type=float, multiple=True, default=(0.73,), show_default=True, help="Several allowed.")
 @click.option(
     "--arm",
@@ -37,8 +40,16 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     from hess_plugin.evaluation.tables import comparison_table
     from hess_plugin.machine import describe_machine
     from hess_plugin.profiles import Profile
+    from hess_plugin.scoring import Scoring, head_scores
 
+    scoring = scoring_of(options)
+    if profile is None and scoring != Scoring():
+        raise click.UsageError(
+            f"a score was chosen ({scoring}), which is made of a profile, and none was given; add --profile."
+        )
     score = None if profile is None else Profile.load(profile)
+    if score is not None:
+        head_scores(score, scoring)  # a score that cannot be made is told before a large model is read
     names = options["arms"] or (("uniform",) if score is None else ("uniform", "hess"))
     wanted = [Arm(name, s, name) for s in options["sparsity"] if s != 0.0 for name in names]
     arms = list(dict.fromkeys([Arm("dense"), *wanted]))
@@ -56,11 +67,14 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
             manager=manager,
             strict=not options["any_weights"],
             **blocks,
+            **asdict(scoring),
         )
     click.echo(comparison_table(summarise(rows)))
-    click.echo(f"\nscenes: {len(found)}; mean ± standard error; AUC in points; {describe_machine()}.")
+    made = "" if score is None else f"; score: {scoring.resolved(score)}"
+    click.echo(f"\nscenes: {len(found)}; mean ± standard error; AUC in points{made}; {describe_machine()}.")
     if output is not None:
-        facts = {name: options[name] for name in DATA} | blocks
+        facts = {name: options[name] for name in DATA} | {"data": " ".join(options["data"])} | blocks
+        facts |= {"profile": profile} | asdict(scoring if score is None else scoring.resolved(score))
         write_csv(
             output, rows, {"model": model, "weights": weights or "shipped", **facts, "machine": describe_machine()}
         )

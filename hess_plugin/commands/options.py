@@ -49,7 +49,7 @@ model_options = options(
     ),
     click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims the model."),
 )
-data_options = options(
+scene_options = options(
     click.option(
         "--data",
         required=True,
@@ -60,6 +60,9 @@ data_options = options(
     click.option("--scenes", type=COUNT, help="Use this many scenes; all by default."),
     click.option("--views", type=COUNT, help="Use this many views of each scene; all by default."),
     click.option("--seed", type=int, default=0, show_default=True, help="Chooses scenes and views."),
+)
+data_options = options(
+    scene_options,
     click.option("--resolution", type=click.IntRange(min=14), help="Image size in pixels; the model's own by default."),
     click.option(
         "--framing",

@@ -25,13 +25,15 @@ from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
 from hess_plugin.profiles import Profile
 from hess_plugin.scenes.scene import Scene
+from hess_plugin.scoring import Scoring, head_scores
 from hess_plugin.settings import Settings
 
 from .clouds import pointmap_error
 from .pose import absolute_trajectory_error, pose_auc
 
 _WITHOUT_PROFILE = ("uniform", "equal")
-_SCORE_OPTIONS = ("camera_weight", "projection", "strict")
+_SCORE_OPTIONS = tuple(field.name for field in fields(Scoring))
+_PROFILE_OPTIONS = (*_SCORE_OPTIONS, "strict")
 METRICS = ("auc30", "auc15", "auc5", "auc3", "ate", "point_error", "sparsity", "seconds")
 
 
@@ -132,12 +134,12 @@ def compare(
         progress: called as ``progress(scene, arm)`` before each run.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
-        options: further arguments of `hess_plugin.patch` (block sizes, backend, ...).
+        options: further arguments of `hess_plugin.patch` (block sizes, backend, how the score is made, ...).
 
     Returns:
         One measurement for each scene and arm, scenes outermost.
     """
-    _check_arms(arms, profile)
+    _check_arms(arms, profile, Scoring(**{name: options[name] for name in _SCORE_OPTIONS if name in options}))
     chosen = resolve_adapter(model, adapter, manager)
     device = next(model.parameters()).device
     rows: list[Measurement] = []
@@ -156,7 +158,7 @@ def compare(
     return rows
 
 
-def _check_arms(arms: Sequence[Arm], profile: Profile | None) -> None:
+def _check_arms(arms: Sequence[Arm], profile: Profile | None, scoring: Scoring) -> None:
     """Refuse an arm that could not run, before the first forward of the others."""
     if len({(arm.name, arm.sparsity) for arm in arms}) < len(arms):
         raise PatchError("two arms have the same name and sparsity; give every arm once.")
@@ -165,6 +167,12 @@ def _check_arms(arms: Sequence[Arm], profile: Profile | None) -> None:
             Settings(sparsity=arm.sparsity, sparse_ratio=None, cdf_threshold=None, allocation=arm.allocation)
         if profile is None and arm.allocation not in _WITHOUT_PROFILE:
             raise PatchError(f"arm {arm.name!r} divides budgets by a profile and none was given; pass profile=...")
+    if profile is None and scoring != Scoring():
+        raise PatchError(
+            f"a score was chosen ({scoring}), which is made of a profile, and none was given; pass profile=..."
+        )
+    if profile is not None and any(arm.allocation not in _WITHOUT_PROFILE for arm in arms):
+        head_scores(profile, scoring)
 
 
 def _run(
@@ -172,7 +180,7 @@ def _run(
 ) -> tuple[Prediction, float, float]:
     """Run one arm on one scene: prediction, measured sparsity, seconds."""
     if profile is None:  # settings of a profile's scores mean nothing to this arm
-        options = {name: value for name, value in options.items() if name not in _SCORE_OPTIONS}
+        options = {name: value for name, value in options.items() if name not in _PROFILE_OPTIONS}
     with torch.inference_mode():
         if arm.sparsity == 0.0:
             prediction, seconds = _timed(adapter, model, scene)

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from hess_plugin.exceptions import HessError, MissingDependency
 from hess_plugin.files import atomic_path
+from hess_plugin.scoring import Scoring, error_shares, head_scores
 
 if TYPE_CHECKING:
+    from hess_plugin.agreement import Agreement
     from hess_plugin.profiles import Profile
 
     from .comparison import Summary
@@ -18,29 +23,68 @@ if TYPE_CHECKING:
 _COLOURS = {"dense": "black", "uniform": "tab:blue", "hess": "tab:red", "reverse": "tab:green"}
 
 
-def head_sensitivity_map(profile: Profile, path: str | Path, camera_weight: float | None = None) -> None:
-    """Draw the score of every head, layers downwards (the picture of HeSS, fig. 4).
+def head_sensitivity_map(profile: Profile, path: str | Path, scoring: Scoring | None = None) -> None:
+    """Draw the score of every head, layers downwards (the picture of HeSS, fig. 4), and what it is made of.
 
-    Heads are sorted within each layer in a second panel, which shows how unequal they are.
+    Panels: the score, the share of each error that was measured, and the score sorted within each layer, which shows
+    how unequal heads are. All have one colour scale; its steps are finer for small shares.
+
+    Args:
+        profile: the profile.
+        path: PNG file to write.
+        scoring: which score; the method with the profile's own camera weight by default.
     """
-    scores = profile.scores(camera_weight)
-    weight = profile.camera_weight if camera_weight is None else camera_weight
-    height = max(2.6, 0.22 * len(profile.sites) + 1.4)
-    figure = _figure(10, height)
-    axes = figure.subplots(1, 2, sharey=True)
-    ordered = scores.sort(dim=1, descending=True).values
-    for axis, values, title in ((axes[0], scores, "by head index"), (axes[1], ordered, "sorted in each layer")):
-        image = axis.imshow(values.numpy(), aspect="auto", cmap="magma", vmin=0.0)
-        axis.set_title(title)
-        axis.set_xlabel("head" if axis is axes[0] else "rank")
-        axis.set_xticks(_ticks(profile.num_heads))
-    axes[0].set_ylabel("global attention layer")
-    axes[0].set_yticks(_ticks(len(profile.sites)))
-    figure.colorbar(image, ax=axes, label="HeSS (share of the layer)")
-    figure.suptitle(
-        f"Head sensitivity: {profile.adapter}, {len(profile.scenes)} scenes, camera weight {weight:g}", fontsize=11
-    )
+    scoring = (scoring or Scoring()).resolved(profile)
+    scores = head_scores(profile, scoring)
+    names = {"camera": "camera error alone", "points": "point error alone"}
+    panels = {"score": scores} | {names[error]: share for error, share in error_shares(profile, scoring).items()}
+    panels["score, sorted in each layer"] = scores.sort(dim=1, descending=True).values
+    figure = _figure(2 + 3.4 * len(panels), max(2.8, 0.22 * len(profile.sites) + 1.5))
+    axes = figure.subplots(1, len(panels), sharey=True)
+    _heat_maps(figure, axes, list(panels.items()))
+    axes[-1].set_xlabel("rank")
+    figure.suptitle(f"Head sensitivity: {profile.adapter}, {len(profile.scenes)} scenes; {scoring}", fontsize=11)
     _save(figure, path)
+
+
+def agreement_map(agreement: Agreement, labels: Sequence[str], path: str | Path) -> None:
+    """Draw the scores of two profiles side by side and head against head (the question of HeSS, fig. S1).
+
+    Args:
+        agreement: the comparison.
+        labels: what to call the two profiles.
+        path: PNG file to write.
+    """
+    figure = _figure(15, max(4.2, 0.22 * len(agreement.sites) + 1.5))
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+    _heat_maps(figure, axes[:2], list(zip(labels, agreement.scores, strict=True)))
+    axis, (first, second) = axes[2], agreement.scores
+    layers = torch.arange(len(first))[:, None].expand_as(first)
+    dots = axis.scatter(first.flatten(), second.flatten(), c=layers.flatten(), cmap="viridis", s=16, alpha=0.7)
+    largest = 1.05 * max(first.max().item(), second.max().item())
+    axis.axline((0, 0), slope=1, color="grey", linewidth=1, linestyle="--")
+    axis.set(xlim=(0, largest), ylim=(0, largest), xlabel=f"score, {labels[0]}", ylabel=f"score, {labels[1]}")
+    axis.set_box_aspect(1)
+    means = f"Spearman {agreement.spearman.nanmean():.2f}, budget moved {agreement.moved.mean():.1%}"
+    axis.set_title(f"{means}\n(means of the layers)", fontsize=10)
+    figure.colorbar(dots, ax=axis, label="layer", ticks=_ticks(len(first)), shrink=0.7)
+    _save(figure, path)
+
+
+def _heat_maps(figure: Any, axes: Sequence[Any], panels: Sequence[tuple[str, Tensor]]) -> None:
+    """Draw shares ``[L, H]`` side by side in one colour scale; grey where a layer has none."""
+    from matplotlib.colors import PowerNorm
+
+    scale = PowerNorm(0.5, vmin=0.0, vmax=max(values.nan_to_num().max().item() for _, values in panels))
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        axis.set_facecolor("lightgrey")
+        image = axis.imshow(values.numpy(), aspect="auto", cmap="magma", norm=scale)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("head")
+        axis.set_xticks(_ticks(values.shape[1]))
+        axis.set_yticks(_ticks(values.shape[0]))
+    axes[0].set_ylabel("global attention layer")
+    figure.colorbar(image, ax=axes, label="share of the layer", pad=0.01, aspect=30)
 
 
 def trade_off(summaries: Sequence[Summary], path: str | Path, caption: str = "") -> None:

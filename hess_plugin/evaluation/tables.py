@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from hess_plugin.scoring import Scoring, error_shares, head_scores
+from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
+from hess_plugin.verdict import judge
+
 if TYPE_CHECKING:
+    from hess_plugin.agreement import Agreement
     from hess_plugin.profiles import Profile
 
     from .comparison import Summary
@@ -55,19 +62,43 @@ def _with_error(value: float, error: float, decimals: int, signed: bool = False)
     return text if math.isnan(error) else f"{text} ± {error:.{decimals}f}"
 
 
-def profile_summary(profile: Profile, camera_weight: float | None = None, count: int = 8) -> str:
-    """Describe a profile in plain text: provenance, how unequal the heads are, the most and least sensitive ones."""
-    scores = profile.scores(camera_weight)
-    weight = profile.camera_weight if camera_weight is None else camera_weight
-    heads = profile.num_heads
-    flat = sorted(
-        ((scores[layer, head].item(), layer, head) for layer in range(len(scores)) for head in range(heads)),
-        reverse=True,
-    )
+def profile_summary(
+    profile: Profile, scoring: Scoring | None = None, count: int = 8, draws: int = DRAWS, seed: int = 0
+) -> str:
+    """Describe a profile in plain text: provenance, how unequal the heads are, which stand out, how sure that is.
+
+    Args:
+        profile: the profile.
+        scoring: which score; the method with the profile's own camera weight by default.
+        count: heads to list at each end.
+        draws: resamples of the scenes behind the intervals and the verdict.
+        seed: of the resamples.
+
+    Raises:
+        ProfileError: the profile has no such score.
+    """
+    scoring = (scoring or Scoring()).resolved(profile)
+    scores, sample = head_scores(profile, scoring), bootstrap(profile, scoring, draws=draws, seed=seed)
+    lines = [*_provenance(profile), f"score: {scoring}"]
     effective = (-(scores * scores.clamp(min=1e-300).log()).sum(1)).exp()
+    lines.append(
+        f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} "
+        f"of {profile.num_heads}"
+    )
+    order = scores.flatten().argsort(descending=True, stable=True).tolist()
+    shares = error_shares(profile, scoring)
+    for title, chosen in (("most", order[:count]), ("least", order[: -count - 1 : -1])):
+        lines.append(f"{title} sensitive heads (shares of a layer, {1 / profile.num_heads:.4f} is average):")
+        lines += _head_lines(profile, chosen, scores, shares, sample)
+    lines.append(_stability_line(profile, split_half(profile, scoring, seed=seed)))
+    lines.append(f"verdict: {judge(profile, scoring, sample).text}")
+    return "\n".join(lines)
+
+
+def _provenance(profile: Profile) -> list[str]:
     lines = [
-        f"adapter {profile.adapter}, {len(profile.sites)} sites of {heads} heads, {len(profile.scenes)} scenes, "
-        f"camera weight {weight:g}",
+        f"adapter {profile.adapter}, {len(profile.sites)} sites of {profile.num_heads} heads, "
+        f"{len(profile.scenes)} scenes, camera weight {profile.camera_weight:g}",
         f"weights fingerprint {profile.fingerprint}",
     ]
     for key, value in sorted(profile.metadata.items()):
@@ -76,14 +107,72 @@ def profile_summary(profile: Profile, camera_weight: float | None = None, count:
             lines.append(f"{key}: {text}")
     for name, facts in profile.metadata.get("measured", {}).items():
         lines.append(f"scene {name}: " + "; ".join(f"{k} {_short(v)}" for k, v in facts.items()))
-    lines.append(
-        f"effective heads in a layer (exp of the score's entropy): {effective.min():.2f} to {effective.max():.2f} "
-        f"of {heads}"
+    return lines
+
+
+def _head_lines(
+    profile: Profile, chosen: Sequence[int], scores: Tensor, shares: Mapping[str, Tensor], sample: Bootstrap
+) -> list[str]:
+    """List heads, given by their index in the flattened ``[L, H]``, with their score, its interval, both shares."""
+    rows = [["site", "head", "score", f"{sample.level:.0%} interval", *shares]]
+    for index in chosen:
+        layer, head = divmod(index, profile.num_heads)
+        low, high = sample.low[layer, head].item(), sample.high[layer, head].item()
+        rows.append(
+            [
+                profile.sites[layer],
+                str(head),
+                f"{scores[layer, head]:.4f}",
+                "-" if math.isnan(low) else f"{low:.4f} to {high:.4f}",
+                *(_share(share[layer, head].item()) for share in shares.values()),
+            ]
+        )
+    return ["  " + line for line in _columns(rows)]
+
+
+def _stability_line(profile: Profile, halves: Halves) -> str:
+    if math.isnan(halves.mean_spearman):
+        return "rank stability: cannot tell, there are no two halves of the scenes whose heads could be ordered."
+    ordered = halves.spearman.nan_to_num(nan=math.inf)
+    worst = int(ordered.argmin())
+    return (
+        f"rank stability: random halves of the scenes order the heads alike with Spearman {halves.mean_spearman:.2f} "
+        f"in the mean of the layers (lowest {ordered[worst]:.2f}, {profile.sites[worst]}) and share "
+        f"{halves.mean_overlap:.0%} of the {halves.top} most sensitive heads of a layer; by Spearman-Brown all scenes "
+        f"would agree with as many others at {halves.mean_expected:.2f}."
     )
-    for title, chosen in (("most sensitive", flat[:count]), ("least sensitive", flat[: -count - 1 : -1])):
-        lines.append(f"{title} heads (share of the layer's score; {1 / heads:.4f} is average):")
-        lines += [f"  {profile.sites[layer]} head {head}: {score:.4f}" for score, layer, head in chosen]
-    return "\n".join(lines)
+
+
+def agreement_table(agreement: Agreement, labels: Sequence[str]) -> str:
+    """Format how far two profiles agree, layer by layer and in the mean.
+
+    Args:
+        agreement: the comparison.
+        labels: what to call the two profiles.
+    """
+    apart = [f"{label} from uniform" for label in labels]
+    rows = [["site", "Spearman", f"top {agreement.top} shared", "budget moved", *apart]]
+    columns = [agreement.spearman, agreement.overlap, agreement.moved, *agreement.from_uniform]
+    for index, site in enumerate(agreement.sites):
+        rows.append([site, *(_cell(column[index].item(), i) for i, column in enumerate(columns))])
+    rows.append(["mean", *(_cell(column.nanmean().item(), i) for i, column in enumerate(columns))])
+    return "\n".join([*_columns(rows), *agreement.notes])
+
+
+def _cell(value: float, column: int) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:+.2f}" if column == 0 else f"{value:.1%}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align a table of plain text: the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _short(value: object) -> str:

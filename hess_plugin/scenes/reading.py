@@ -11,6 +11,7 @@ from typing import overload
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.framing import Framing
+from hess_plugin.scenes import co3d, colmap, eth3d, mvsnet, photos, seven_scenes, tum
 from hess_plugin.scenes.choice import choose
 from hess_plugin.scenes.folder import find_sources as find_folder_sources
 from hess_plugin.scenes.image_set import ImageSet
@@ -38,6 +39,13 @@ class SceneFormat:
 
 FORMATS: dict[str, SceneFormat] = {
     "folder": SceneFormat(find_folder_sources, "folders with cameras.json, images/, depth/, points.ply", {}),
+    "co3d": SceneFormat(co3d.find_sources, "CO3Dv2 categories with frame_annotations.jgz", co3d.OPTIONS),
+    "images": SceneFormat(photos.find_sources, "images, or folders of images", {}),
+    "colmap": SceneFormat(colmap.find_sources, "images/ and a COLMAP model in sparse/", colmap.OPTIONS),
+    "eth3d": SceneFormat(eth3d.find_sources, "ETH3D scenes with dslr_calibration_jpg/", eth3d.OPTIONS),
+    "dtu": SceneFormat(mvsnet.find_sources, "MVSNet's layout: images/ and cams/, or Rectified/", mvsnet.OPTIONS),
+    "7scenes": SceneFormat(seven_scenes.find_sources, "7-Scenes sequences seq-01/, ...", seven_scenes.OPTIONS),
+    "tum": SceneFormat(tum.find_sources, "TUM RGB-D scenes with rgb.txt and groundtruth.txt", tum.OPTIONS),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from hess_plugin.scenes.images import write_depth, write_image
 from hess_plugin.scenes.scene import Scene
 
 
-def write_folder(scene: Scene, path: str | Path) -> Path:
+def write_folder(scene: Scene, path: str | Path, *, origin: Mapping[str, Any] | None = None) -> Path:
     """Write `scene` so that `read_folder` gives it back: images to 1/255, depth to 1/65535 of the largest.
 
     The folder appears complete or not at all: it is written beside `path` and then renamed.
+
+    Args:
+        scene: with views of one size.
+        path: folder to write; it must not exist.
+        origin: how the scene was made, JSON types only; kept in cameras.json and passed over by `read_folder`.
 
     Raises:
         SceneError: when `path` exists already.
@@ -32,7 +38,7 @@ def write_folder(scene: Scene, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _write_files(scene, staging)
+        _write_files(scene, staging, origin)
         staging.chmod(0o755)  # mkdtemp makes private folders, a scene is meant to be shared
         staging.rename(path)
     except BaseException:
@@ -41,7 +47,7 @@ def write_folder(scene: Scene, path: str | Path) -> Path:
     return path
 
 
-def _write_files(scene: Scene, folder: Path) -> None:
+def _write_files(scene: Scene, folder: Path, origin: Mapping[str, Any] | None) -> None:
     (folder / "images").mkdir()
     unit = None
     if scene.depth is not None:
@@ -55,7 +61,7 @@ def _write_files(scene: Scene, folder: Path) -> None:
             write_depth(folder / frames[-1]["depth"], scene.depth[view], unit)
     if scene.points is not None:
         write_cloud(folder / CLOUD, scene.points)
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "scene": scene.name,
         "convention": "OpenCV camera axes (x right, y down, z forward); c2w maps camera to world; "
@@ -64,6 +70,8 @@ def _write_files(scene: Scene, folder: Path) -> None:
         "depth_scale": unit,
         "frames": frames,
     }
+    if origin is not None:
+        record["origin"] = dict(origin)
     (folder / CAMERAS).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,3 +95,71 @@ def test_missing_faiss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependency, match="pip install faiss-cpu"):
         CloudIndex(surface(50, 0))
+
+
+class FakeFaiss(types.ModuleType):
+    """Faiss as built for GPUs, as far as moving an index goes; searches still run on the CPU's index."""
+
+    def __init__(self, fails: bool = False) -> None:
+        import faiss
+
+        super().__init__("faiss")
+        self.__dict__.update({name: getattr(faiss, name) for name in ("IndexFlatL2", "IndexIVFFlat", "METRIC_L2")})
+        self.cvar, self.fails = faiss.cvar, fails
+        self.moved: list[tuple[int, int, bool]] = []
+        self.scratch: list[int] = []
+        self.StandardGpuResources = lambda: types.SimpleNamespace(setTempMemory=self.scratch.append)
+
+    def get_num_gpus(self) -> int:
+        return 1
+
+    def index_cpu_to_gpu(self, resources: object, number: int, index: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("no kernel image is available for execution on the device\nsecond line")
+        self.moved.append((number, index.ntotal, index.is_trained))
+        return index
+
+
+@pytest.fixture
+def gpu_faiss(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeFaiss]]:
+    def install(fails: bool = False) -> FakeFaiss:
+        fake = FakeFaiss(fails)
+        monkeypatch.setitem(sys.modules, "faiss", fake)
+        return fake
+
+    neighbours._gpu_resources.cache_clear()
+    yield install
+    neighbours._gpu_resources.cache_clear()
+
+
+def test_a_trained_index_is_moved_to_the_gpu_of_the_points(gpu_faiss: Callable[..., FakeFaiss]) -> None:
+    fake = gpu_faiss()
+    index = neighbours._build(surface(500, 0).numpy(), 0)
+    for number in (1, 1, 0):
+        assert neighbours._moved(index, torch.device("cuda", number)) is index
+    assert fake.moved == [(1, 500, True), (1, 500, True), (0, 500, True)]
+    assert fake.scratch == [neighbours._GPU_SCRATCH] * 2  # one scratch memory for each GPU, small
+    assert neighbours._moved(index, torch.device("cpu")) is index and len(fake.moved) == 3
+
+
+def test_a_gpu_that_faiss_cannot_use_costs_one_line(gpu_faiss: Callable[..., FakeFaiss]) -> None:
+    gpu_faiss(fails=True)
+    index = neighbours._build(surface(500, 0).numpy(), 0)
+    with pytest.warns(UserWarning, match=r"Faiss cannot use cuda:0 \(no kernel image .* on the device\); nearest"):
+        assert neighbours._moved(index, torch.device("cuda", 0)) is index
+
+
+def test_a_faiss_without_gpu_support_stays_on_the_cpu() -> None:
+    index = neighbours._build(surface(50, 0).numpy(), 0)
+    assert neighbours._moved(index, torch.device("cuda", 0)) is index
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("count", [1000, 170_000])
+def test_neighbours_on_a_gpu_are_those_on_the_cpu(count: int) -> None:
+    cloud, query = surface(count, 0), surface(5000, 1)
+    found, squared = CloudIndex(cloud.cuda()).nearest(query.cuda())
+    wanted, distances = CloudIndex(cloud).nearest(query)
+    assert (found.cpu() == wanted).double().mean() > 0.999  # ties
+    torch.testing.assert_close(squared.cpu(), distances, rtol=1e-4, atol=1e-7)

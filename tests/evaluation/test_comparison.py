@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hess_plugin import PatchError, Profile, calibrate
+from hess_plugin import PatchError, Profile, ProfileError, calibrate
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.scenes import RoomScenes
 from hess_plugin.evaluation.comparison import METRICS, Arm, Measurement, compare, summarise, write_csv
@@ -57,6 +57,25 @@ def test_calibration_and_test_rooms_are_disjoint() -> None:
 def test_a_score_arm_without_a_profile_is_refused(tiny_model: TinyVGGT) -> None:
     with pytest.raises(PatchError, match="profile"):
         compare(tiny_model, RoomScenes("test", 1, 3), [Arm("hess", 0.5, "hess")], block_q=8, block_k=8)
+
+
+def test_a_score_that_cannot_be_made_is_refused_before_the_first_forward(tiny_model: TinyVGGT) -> None:
+    ones = {f"{e}.{p}": torch.ones(1, 2, 4, dtype=torch.float64) for e in ("camera", "points") for p in "qkv"}
+    sites = tuple(f"aggregator.global_blocks.{i}.attn" for i in range(2))
+    profile = Profile("vggt", sites, 4, ("a",), ones, 0.5, "f" * 16)
+    arms, scenes = [Arm("dense"), Arm("hess", 0.5, "hess")], RoomScenes("test", 1, 3)
+    seen: list[str] = []
+
+    def note(scene: str, arm: str) -> None:
+        seen.append(arm)
+
+    with pytest.raises(ProfileError, match="traces through patch rows"):
+        compare(tiny_model, scenes, arms, profile=profile, rows="patch", progress=note)
+    with pytest.raises(ProfileError, match="normalisation 'max' was given"):
+        compare(tiny_model, scenes, arms, profile=profile, normalisation="max", progress=note)
+    with pytest.raises(PatchError, match=r"normalisation log, rows all.*, and none was given"):
+        compare(tiny_model, scenes, arms[:1], normalisation="log", progress=note)
+    assert seen == []
 
 
 @settings(max_examples=30, deadline=None)

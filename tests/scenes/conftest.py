@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from hess_plugin.demo.raycast import cast
+from hess_plugin.demo.rooms import _sample_room, render_room
 from hess_plugin.geometry import quaternion_to_matrix
 from hess_plugin.scenes import Scene
 
@@ -20,6 +25,16 @@ def random_poses(views: int, seed: int) -> torch.Tensor:
     c2w[:, :3, :3] = quaternion_to_matrix(torch.randn(views, 4, generator=generator, dtype=torch.float64))
     c2w[:, :3, 3] = torch.randn(views, 3, generator=generator, dtype=torch.float64)
     return c2w
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder of small real samples of scene formats: HESS_TEST_SAMPLES, or shared/samples beside the repository."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "samples"
+    folder = Path(os.environ.get("HESS_TEST_SAMPLES") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no samples of scene formats in {folder}: set HESS_TEST_SAMPLES to a folder that has some")
+    return folder
 
 
 @pytest.fixture
@@ -47,3 +62,53 @@ def make_scene() -> MakeScene:
         return Scene(f"made-{seed}", images, random_poses(views, seed), intrinsics, distance if depth else None, cloud)
 
     return make
+
+
+class Studio:
+    """A synthetic room that any camera can be put into, with a lens of any kind."""
+
+    def __init__(self, seed: int, views: int) -> None:
+        self._room = _sample_room(np.random.default_rng(seed))  # the room that render_room(seed) stands its cameras in
+        c2w = torch.from_numpy(render_room(seed, views, image_size=8).c2w).double()
+        u, _, vh = torch.linalg.svd(c2w[:, :3, :3])  # from float32 to exact rotations
+        c2w[:, :3, :3] = u @ vh
+        self.c2w = c2w
+
+    def shoot(self, c2w: torch.Tensor, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image `[H, W, 3]` uint8 and z-depth `[H, W]` float32 along rays `[H, W, 3]` of a camera, z = 1."""
+        directions = c2w[:3, :3].numpy() @ rays.reshape(-1, 3).T
+        origins = np.repeat(c2w[:3, 3:].numpy(), directions.shape[1], axis=1)
+        colours, depth = cast(self._room, origins.astype(np.float32), directions.astype(np.float32))
+        image = (colours.T * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+        return image.reshape(rays.shape), depth.reshape(rays.shape[:2])
+
+    def pinhole(self, c2w: torch.Tensor, k: torch.Tensor, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a camera with intrinsics `k` and no lens distortion sees."""
+        v, u = np.mgrid[:height, :width]
+        return self.shoot(c2w, np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(k.numpy()).T)
+
+    def misfit(self, scene: Scene, shift: float = 0.0) -> tuple[float, float]:
+        """How far a scene is from what its own cameras see.
+
+        The mean over pixels of the colours' difference (grey values), the median of the depth's (per cent), of the worst
+        view. With `shift`, the cameras' principal points are moved so many pixels: what a wrong convention costs.
+        """
+        colours, depths = [], []
+        for i in range(scene.views):
+            k = scene.intrinsics[i].clone()
+            k[:2, 2] += shift
+            image, depth = self.pinhole(scene.c2w[i], k, scene.height, scene.width)
+            off = scene.images[i].permute(1, 2, 0).numpy() * 255 - image
+            colours.append(float(np.mean(np.abs(off))))
+            if scene.depth is not None:
+                known = scene.depth[i].numpy() > 0
+                assert known.mean() > 0.5
+                off = np.abs(scene.depth[i].numpy() - depth)[known] / depth[known]
+                depths.append(float(100 * np.median(off)))
+        return max(colours), max(depths, default=0.0)
+
+
+@pytest.fixture(scope="session")
+def studio() -> Studio:
+    """A room with three poses in it."""
+    return Studio(seed=11, views=3)
