@@ -114,14 +114,14 @@ def _fake_run(
 class _FakeMode(FakeTensorMode):
     """Fake tensors whose values may be asked for: models size their tables by them.
 
-    Any answer will do for counting bytes as long as it is of the right order; positions on a patch grid are what
-    is asked for in practice.
+    Any answer will do for counting bytes as long as it is of the right order: positions on a patch grid are what
+    is asked for in practice, and whether everything is finite.
     """
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             tensor: Tensor = args[0]
-            return False if tensor.dtype is torch.bool else 1.0 if tensor.is_floating_point() else 40
+            return True if tensor.dtype is torch.bool else 1.0 if tensor.is_floating_point() else 40
         return super().dispatch(func, types, args, kwargs or {})
 
 

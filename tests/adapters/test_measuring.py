@@ -1,0 +1,62 @@
+"""Measuring upstream models: little memory under autocast, and what their last layer can and cannot tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hess_plugin import Scene
+from hess_plugin.calibration.estimate import estimate
+from hess_plugin.calibration.live_memory import LiveMemory
+from hess_plugin.calibration.measuring import Protocol, measuring
+from hess_plugin.plugins import resolve_adapter
+
+
+def traces_of(model: nn.Module, scene: Scene, **options: object) -> dict[str, Tensor]:
+    adapter = resolve_adapter(model)
+    with measuring(adapter, model, adapter.sites(model), Protocol(eps=1e6, **options)) as measurer:  # type: ignore[arg-type]
+        return measurer.measure(scene).traces
+
+
+def test_the_last_layer_of_vggt_has_its_camera_gradient_through_special_tokens_alone(
+    upstream_model: nn.Module, small_upstream: tuple[str, str], small_scene: Scene
+) -> None:
+    """Its camera head reads the camera tokens of the last layer and nothing else, its point head the patches."""
+    traces = traces_of(upstream_model, small_scene)
+    assert len(traces) == 12 and all(bool((trace >= 0).all()) for trace in traces.values())
+    if small_upstream[0] != "vggt":
+        pytest.skip("only VGGT reads its cameras from camera tokens")
+    assert bool((traces["camera.q"][-1] > 0).all()) and bool((traces["camera.q.patch"][-1] == 0).all())
+    assert bool((traces["camera.q.patch"][0] > 0).all())
+    torch.testing.assert_close(traces["points.q.patch"][-1], traces["points.q"][-1], rtol=1e-4, atol=0.0)
+
+
+def test_little_memory_under_autocast(
+    upstream_model: nn.Module, small_upstream: tuple[str, str], small_scene: Scene
+) -> None:
+    if small_upstream[0] != "vggt":
+        pytest.skip("Pi3 cannot run under CPU autocast: its pose head calls an SVD that has no bfloat16 kernel")
+    exact = traces_of(upstream_model, small_scene, memory="plain")
+    plain, little = (
+        traces_of(upstream_model, small_scene, memory=m, autocast=torch.bfloat16) for m in ("plain", "lean")
+    )
+    for name, wanted in exact.items():
+        if not bool(wanted[:-1].any()):
+            continue
+        # No farther from the whole graph than bfloat16 itself is from float32.
+        error = (plain[name] - wanted).abs().max()
+        assert (little[name] - plain[name]).abs().max() <= 2 * error
+
+
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+def test_the_estimate_is_what_a_real_run_keeps_alive(
+    upstream_model: nn.Module, small_scene: Scene, memory: str
+) -> None:
+    adapter, protocol = resolve_adapter(upstream_model), Protocol(eps=1e6, memory=memory)
+    size = (small_scene.views, small_scene.height, small_scene.width)
+    found = estimate(adapter, upstream_model, *size, protocol, timed=False)
+    live = LiveMemory([*upstream_model.parameters(), *upstream_model.buffers()])
+    with measuring(adapter, upstream_model, adapter.sites(upstream_model), protocol) as measurer, live:
+        measurer.measure(small_scene)
+    assert found.activations == pytest.approx(live.peak, rel=0.1)
