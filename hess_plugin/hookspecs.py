@@ -41,9 +41,10 @@ def hess_claim_model(model: nn.Module) -> bool | None:
 
 @hookspec(firstresult=True)
 def hess_describe_family(model: nn.Module) -> Family | None:
-    """Describe the model family: default camera weight, side multiple of images. Optional.
+    """Describe the model family: camera weight, framing of images, blocks and heads. Optional.
 
-    Called whenever a default is needed. None means `hess_plugin.Family()`.
+    Called whenever a default is needed, and before each scene is measured in little memory. None means
+    `hess_plugin.Family()`.
     """
 
 

@@ -48,7 +48,7 @@ class MyNet(nn.Module):
         self.embed = nn.Conv2d(3, 32, self.patch, self.patch)
         self.token = nn.Parameter(torch.randn(1, 1, 32))
         self.mynet_blocks = nn.ModuleList(MyAttention(32, 4) for _ in range(4))
-        self.pose, self.point = nn.Linear(32, 3), nn.Linear(32, 3)
+        self.pose, self.point_head, self.depth_head = (nn.Linear(32, 3) for _ in range(3))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         batch, views, _, height, width = images.shape
@@ -63,15 +63,17 @@ class MyNet(nn.Module):
             [c2w[..., :3], torch.cat([self.pose(x[:, :, 0]), torch.ones(batch, views, 1)], -1)[..., None]], -1
         )
         grid = (height // self.patch, width // self.patch)
-        return {"c2w": c2w, "points": self.point(x[:, :, 1:]).unflatten(2, grid)}
+        return {"c2w": c2w, "points": self.point_head(x[:, :, 1:]).unflatten(2, grid)}
 
 
-def test_the_guide_writes_an_adapter_that_keeps_the_contract(room: Scene) -> None:
-    adapter, entry, check = blocks("adapters/README.md", "python")[0], *blocks("adapters/README.md", "toml")[:1], ""
-    check = blocks("adapters/README.md", "python")[1]
+@pytest.mark.parametrize("described", [False, True])
+def test_the_guide_writes_an_adapter_that_keeps_the_contract(room: Scene, described: bool) -> None:
+    adapter, (entry,) = blocks("adapters/README.md", "python")[0], blocks("adapters/README.md", "toml")
+    family, check = blocks("adapters/README.md", "python")[1:]
     assert len(adapter.strip().splitlines()) <= 35 and "hess_plugin" in entry
     module = types.ModuleType("hess_plugin_mynet")
-    exec(compile(adapter, "adapters/README.md", "exec"), module.__dict__)
+    for code in (adapter, family) if described else (adapter,):
+        exec(compile(code, "adapters/README.md", "exec"), module.__dict__)
     manager = get_plugin_manager(entry_points=False)
     register(manager, module, "mynet")
     torch.manual_seed(0)
