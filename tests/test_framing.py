@@ -38,7 +38,7 @@ def exact(framing: Framing, height: int, width: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=20000)
+@settings(max_examples=300)
 @given(data=st.data(), height=SIDES, width=SIDES)
 def test_sides_are_multiples_and_the_aspect_is_kept(mode: str, data: st.DataObject, height: int, width: int) -> None:
     framing = data.draw(framings(mode))
@@ -53,7 +53,7 @@ def test_sides_are_multiples_and_the_aspect_is_kept(mode: str, data: st.DataObje
     assert abs(place.height - high) <= reach and abs(place.width - wide) <= reach
 
 
-@settings(max_examples=20000)
+@settings(max_examples=300)
 @given(data=st.data(), height=SIDES, width=SIDES)
 def test_limits_are_respected(data: st.DataObject, height: int, width: int) -> None:
     multiple = data.draw(MULTIPLES)
@@ -68,7 +68,7 @@ def test_limits_are_respected(data: st.DataObject, height: int, width: int) -> N
     assert (pad.height, pad.width) == (longest.height, longest.width)
 
 
-@settings(max_examples=20000)
+@settings(max_examples=300)
 @given(data=st.data(), mode=st.sampled_from(MODES), height=SIDES, width=SIDES)
 def test_what_is_cut_or_added_is_even_on_both_sides(data: st.DataObject, mode: str, height: int, width: int) -> None:
     place = data.draw(framings(mode)).place(height, width)

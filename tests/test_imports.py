@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "hess_plugin").rglob("*.py"))
 KERNELS = sorted((ROOT / "hess_plugin_cuda").rglob("*.py"))
 ADAPTERS = sorted((ROOT / "adapters").rglob("*.py"))
-HEAVY = {"open3d", "faiss", "matplotlib", "scipy", "huggingface_hub", "triton"}
+HEAVY = {"open3d", "faiss", "matplotlib", "scipy", "huggingface_hub", "triton", "pycolmap"}
 UPSTREAM = {"vggt", "vggt_omega", "pi3", "mapanything", "depth_anything_3", "dust3r", "mast3r"}
 
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from hess_plugin import CalibrationError, HessError, PatchError, UnknownModel, calibrate, patch
-from hess_plugin.calibration import calibrator
+from hess_plugin.calibration import rounds
 from hess_plugin.cli import main
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.run import DemoSettings, run_demo
@@ -47,7 +47,7 @@ def test_an_interrupt_tells_how_to_go_on(room: Scene, tmp_path: Path, monkeypatc
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrator, "_measure", interrupt)
+    monkeypatch.setattr(rounds, "_measure", interrupt)
     arguments = ["--model", "demo", "--data", f"folder:{tmp_path / 'data'}", "-o", str(tmp_path / "a.hess")]
     result = CliRunner().invoke(main, ["calibrate", *arguments])
     assert result.exit_code == 130 and "run the same command again to go on" in result.output

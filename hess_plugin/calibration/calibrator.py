@@ -6,17 +6,16 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pluggy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hess_plugin import __version__
-from hess_plugin.adapting import Adapter
-from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
+from hess_plugin.exceptions import CalibrationError, PatchError
 from hess_plugin.files import check_writable
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
@@ -26,10 +25,10 @@ from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import Site
 
 from .errors import EPS
-from .measuring import Measurer, Protocol, measuring
+from .measuring import Protocol, measuring
+from .ranks import Ranks
 from .record import Record
-
-Progress = Callable[[int, int, str], None]
+from .rounds import Progress, measure_all, scene_names
 
 
 def calibrate(
@@ -45,6 +44,7 @@ def calibrate(
     progress: Progress | None = None,
     adapter: str | None = None,
     manager: pluggy.PluginManager | None = None,
+    ranks: Ranks | None = None,
 ) -> Profile:
     """Measure how sensitive every attention head is (HeSS, sec. 3.2): one forward, two backward passes a scene.
 
@@ -64,64 +64,57 @@ def calibrate(
         memory: ``lean`` keeps only what goes into each block and head and computes the rest again, ``plain`` keeps
             the whole graph; the traces agree to rounding.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
-        progress: called as ``progress(done, total, scene)`` before each scene and once at the end.
+        progress: called as ``progress(done, total, scene)`` before each scene and once at the end; in rank 0 only.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
+        ranks: share the scenes with other processes, which all call this with the same arguments and get the same
+            profile, the one that a single process makes; rank 0 alone reads and writes files at `output`, however
+            many ranks there were when it was begun. None: alone.
 
     Returns:
         The profile.
 
     Raises:
         CalibrationError: no scene gave a usable error, a trace is not finite, or ``<output>.partial`` belongs to
-            another calibration.
+            another calibration; another rank stopped, is gone, or was given something else.
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """
-    protocol = Protocol(eps=eps, autocast=autocast, memory=memory)
-    _check_arguments(model, scenes, camera_weight)
-    if output is not None:
-        check_writable(output)
-    chosen = resolve_adapter(model, adapter, manager)
-    sites = chosen.sites(model)
-    heads = {site.num_heads for site in sites}
-    if len(heads) != 1:
-        raise CalibrationError(f"sites have different numbers of heads ({sorted(heads)}), wanted one number for all.")
-    family = chosen.family(model)
-    weight = family.camera_weight if camera_weight is None else camera_weight
-    fingerprint = weights_fingerprint(sites)
-    provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "memory": memory}
-    record = Record.open(
-        None if output is None else Path(f"{output}.partial"),
-        {
+    ranks = ranks or Ranks()
+    with ranks.together():
+        protocol = Protocol(eps=eps, autocast=autocast, memory=memory)
+        _check_arguments(model, scenes, camera_weight)
+        path = None if output is None or ranks.rank != 0 else Path(output)
+        if path is not None:
+            check_writable(path)
+        chosen = resolve_adapter(model, adapter, manager)
+        sites = chosen.sites(model)
+        heads = {site.num_heads for site in sites}
+        if len(heads) != 1:
+            raise CalibrationError(
+                f"sites have different numbers of heads ({sorted(heads)}), wanted one number for all."
+            )
+        family = chosen.family(model)
+        weight = family.camera_weight if camera_weight is None else camera_weight
+        source = family.source if camera_weight is None else "given"
+        provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "memory": memory}
+        settings = {
             "adapter": chosen.name,
             "sites": [site.name for site in sites],
-            "model_digest": "" if output is None else model_digest(model),
+            "model_digest": "" if output is None and ranks.size == 1 else model_digest(model),
             **provenance,
-        },
-        datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
-    names = _measure_all(chosen, model, sites, scenes, record, protocol, progress)
-    skipped = {name: record.skipped[name] for name in names if name in record.skipped}
-    profile = Profile(
-        adapter=chosen.name,
-        sites=tuple(site.name for site in sites),
-        num_heads=heads.pop(),
-        scenes=tuple(name for name in names if name in record.traces),
-        traces=_stack(record, names),
-        camera_weight=weight,
-        fingerprint=fingerprint,
-        metadata={
-            **provenance,
-            "camera_weight_source": family.source if camera_weight is None else "given",
-            "created": record.started,
-            "measured": {name: record.facts[name] for name in names if name in record.facts},
-            "skipped": skipped,
-        },
-    )
-    profile.scores()  # fails now, with nothing written, rather than when the profile is first used
-    if output is not None:
-        profile.save(output)
-        record.delete()
+        }
+        ranks.agree({**settings, "camera_weight": weight, **scene_names(scenes, ranks)})
+        record = _open(path, settings, ranks)
+        hint = "" if output is None else "run the same command again to go on"
+        with ranks.together(hint), measuring(chosen, model, sites, protocol) as measurer:
+            names = measure_all(measurer, scenes, record, ranks, progress if ranks.rank == 0 else None)
+        _check_usable(record, names)
+        profile = _profile(record, names, chosen.name, sites, weight, {**provenance, "camera_weight_source": source})
+        profile.scores()  # fails now, with nothing written, rather than when the profile is first used
+        if path is not None:
+            profile.save(path)
+            record.delete()
     return profile
 
 
@@ -138,53 +131,51 @@ def _check_arguments(model: nn.Module, scenes: Iterable[Scene | ImageSet], camer
         raise PatchError("this model is patched; remove the patch before calibrating.")
 
 
-def _measure_all(
-    adapter: Adapter,
-    model: nn.Module,
-    sites: Sequence[Site],
-    scenes: Iterable[Scene | ImageSet],
-    record: Record,
-    protocol: Protocol,
-    progress: Progress | None,
-) -> list[str]:
-    """Measure every scene that the record does not hold yet; return all scene names in order."""
-    names: list[str] = []
-    total = len(scenes) if isinstance(scenes, Sized) else 0
-    with measuring(adapter, model, sites, protocol) as measurer:
-        for scene in scenes:
-            if scene.name in names:
-                raise CalibrationError(f"two scenes are called {scene.name!r}; give every scene its own name.")
-            if progress is not None:
-                progress(len(names), total, scene.name)
-            names.append(scene.name)
-            # Also finished scenes are read again: a scene that changed since must not keep its old traces.
-            digest = scene.digest()
-            if not record.done(scene.name, digest):
-                _measure(measurer, scene, digest, record)
-    if progress is not None:
-        progress(len(names), len(names), "")
-    if not any(name in record.traces for name in names):
-        reason = next((record.skipped[name] for name in names), "there was no scene.")
-        if not record.traces:
+def _open(path: Path | None, settings: dict[str, Any], ranks: Ranks) -> Record:
+    """Resume from the file of rank 0, or start; every rank gets a copy, machines need not share a file system."""
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    record = Record.open(None if path is None else Path(f"{path}.partial"), settings, started)
+    first = ranks.exchange(record.to_bytes() if ranks.rank == 0 else b"")[0]
+    return record if ranks.rank == 0 else Record.from_bytes(first)
+
+
+def _check_usable(record: Record, names: Sequence[str]) -> None:
+    """Refuse to make a profile of nothing."""
+    found = record.found
+    if not any(name in found.traces for name in names):
+        reason = next((found.skipped[name] for name in names), "there was no scene.")
+        if not found.traces:
             record.delete()  # nothing in it is worth resuming
         raise CalibrationError(f"none of {len(names)} scenes gave a usable error: {reason}")
-    return names
 
 
-def _measure(measurer: Measurer, scene: Scene | ImageSet, digest: str, record: Record) -> None:
-    """Measure one scene; one that cannot be aligned is recorded as skipped, with the reason."""
-    try:
-        measured = measurer.measure(scene)
-    except (CalibrationError, SceneError) as error:
-        record.skip(scene.name, digest, str(error))
-    else:
-        record.add(scene.name, digest, measured.traces, measured.facts)
-
-
-def _stack(record: Record, names: Sequence[str]) -> dict[str, Tensor]:
-    """Stack the traces of all measured scenes, in scene order whatever order they were measured in."""
-    measured = [record.traces[name] for name in names if name in record.traces]
-    return {key: torch.stack([traces[key] for traces in measured]) for key in measured[0]}
+def _profile(
+    record: Record,
+    names: Sequence[str],
+    adapter: str,
+    sites: Sequence[Site],
+    camera_weight: float,
+    provenance: dict[str, Any],
+) -> Profile:
+    """Make the profile of the scenes called `names`, in their order whatever order they were measured in."""
+    found = record.found
+    measured = [name for name in names if name in found.traces]
+    traces = [found.traces[name] for name in measured]
+    return Profile(
+        adapter=adapter,
+        sites=tuple(site.name for site in sites),
+        num_heads=sites[0].num_heads,
+        scenes=tuple(measured),
+        traces={key: torch.stack([each[key] for each in traces]) for key in traces[0]},
+        camera_weight=camera_weight,
+        fingerprint=weights_fingerprint(sites),
+        metadata={
+            **provenance,
+            "created": record.started,
+            "measured": {name: found.facts[name] for name in measured},
+            "skipped": {name: found.skipped[name] for name in names if name in found.skipped},
+        },
+    )
 
 
 def _provenance(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:

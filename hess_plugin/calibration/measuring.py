@@ -119,9 +119,7 @@ class Measurer:
         """Go through a measurement without a scene, its errors replaced by sums: for counting what it takes."""
         with self._memory(len(images)), torch.enable_grad():
             prediction = self.predict(images)
-            leaves = [*self._weights, *self._taps.twins.values()]
-            for error in (prediction.centres.square().sum(), prediction.points.square().sum()):
-                torch.autograd.grad(error, leaves, retain_graph=True, allow_unused=True)
+            self._traces([("camera", prediction.centres.square().sum()), ("points", prediction.points.square().sum())])
 
     def _errors(self, scene: Scene | ImageSet, device: torch.device) -> tuple[Scene, Errors]:
         if isinstance(scene, ImageSet):

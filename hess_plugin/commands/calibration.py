@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hess_plugin.files import check_writable
-from hess_plugin.terminal import progress_bars, warn_random
+from hess_plugin.terminal import first_rank, one_voice, progress_bars, warn_random
 
 from .options import DATA, OUTPUT, data_options, model_and_scenes, model_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hess_plugin.calibration.ranks import Ranks
 
 
 @click.command()
@@ -28,10 +33,10 @@ from .options import DATA, OUTPUT, data_options, model_and_scenes, model_options
 )
 @click.option(
     "--autocast",
-    type=click.Choice(["none", "bfloat16"]),
-    default="none",
+    type=click.Choice(["auto", "none", "bfloat16"]),
+    default="auto",
     show_default=True,
-    help="Type of the forward.",
+    help="Type of the forward; auto is bfloat16 on a GPU that has it, none elsewhere.",
 )
 @click.option(
     "--memory",
@@ -45,12 +50,29 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
     """Measure every head's sensitivity on scenes with ground truth and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
+
+    Several GPUs, or machines, share the scenes if torchrun starts the command, and write the same profile:
+    torchrun --nproc-per-node 8 -m hess_plugin.cli calibrate ...
     """
+    try:
+        with one_voice() as ranks:
+            _calibrate(ranks, output, dry_run, model, weights, options)
+    except KeyboardInterrupt as interrupt:
+        if first_rank():
+            partial = Path(f"{output}.partial")
+            kept = f"{partial} holds the finished scenes" if partial.exists() else "no scene was finished"
+            click.echo(f"\n{str(interrupt) or 'Interrupted'}; {kept}; run the same command again to go on.", err=True)
+        sys.exit(130)
+
+
+def _calibrate(
+    ranks: Ranks, output: Path | None, dry_run: bool, model: str, weights: str | None, options: dict[str, Any]
+) -> None:
     if output is None and not dry_run:
         raise click.UsageError(
             "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
         )
-    if output is not None:
+    if output is not None and ranks.rank == 0:
         check_writable(output)
     import torch
 
@@ -60,37 +82,37 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
     from hess_plugin.evaluation.tables import profile_summary
 
     loaded, found, manager = model_and_scenes(model, weights, options)
-    autocast = torch.bfloat16 if options["autocast"] == "bfloat16" else None
+    autocast = torch.bfloat16 if _wants_bfloat16(options["autocast"], loaded) else None
     if dry_run:
-        protocol = Protocol(eps=options["eps"], autocast=autocast, memory=options["memory"])
-        click.echo(rehearse(loaded, found, protocol, options["adapter"], manager))
+        if ranks.rank == 0:
+            protocol = Protocol(eps=options["eps"], autocast=autocast, memory=options["memory"])
+            click.echo(rehearse(loaded, found, protocol, options["adapter"], manager))
         return
-    try:
-        with progress_bars() as note:
-            profile = hess_plugin.calibrate(
-                loaded,
-                found,
-                output=output,
-                camera_weight=options["camera_weight"],
-                eps=options["eps"],
-                autocast=autocast,
-                memory=options["memory"],
-                metadata={
-                    "model": model,
-                    "weights": weights or "shipped",
-                    **{name: options[name] for name in DATA},
-                    "data": " ".join(options["data"]),
-                },
-                progress=lambda done, total, scene: note("calibrate", done, total, scene),
-                adapter=options["adapter"],
-                manager=manager,
-            )
-    except KeyboardInterrupt:
-        partial = Path(f"{output}.partial")
-        kept = f"{partial} holds the finished scenes" if partial.exists() else "no scene was finished"
-        click.echo(f"\nInterrupted; {kept}; run the same command again to go on.", err=True)
-        sys.exit(130)
-    click.echo(profile_summary(profile))
-    click.echo(f"wrote {output}")
-    if weights == "random":
-        warn_random()
+    with progress_bars(shown=ranks.rank == 0) as note:
+        profile = hess_plugin.calibrate(
+            loaded,
+            found,
+            output=output,
+            camera_weight=options["camera_weight"],
+            eps=options["eps"],
+            autocast=autocast,
+            memory=options["memory"],
+            metadata={"model": model, "weights": weights or "shipped", **{name: options[name] for name in DATA}},
+            progress=lambda done, total, scene: note("calibrate", done, total, scene),
+            adapter=options["adapter"],
+            manager=manager,
+            ranks=ranks,
+        )
+    if ranks.rank == 0:
+        click.echo(profile_summary(profile))
+        click.echo(f"wrote {output}")
+        if weights == "random":
+            warn_random()
+
+
+def _wants_bfloat16(choice: str, model: nn.Module) -> bool:
+    import torch
+
+    if choice != "auto":
+        return choice == "bfloat16"
+    return next(model.parameters()).device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -101,9 +101,7 @@ def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     if options["repo"] is not None:
         # The user's own checkout, asked for by name: first on the path, as if run from there.
         sys.path.insert(0, str(options["repo"].resolve()))
-    device = options["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _own_device(options["device"])
     try:
         chosen = torch.device(device)
         torch.ones(1, device=chosen).tolist()
@@ -113,3 +111,15 @@ def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     if weights == "random":
         warn_random()
     return model
+
+
+def _own_device(given: str) -> str:
+    """The device meant by --device: of several processes that torchrun started on a machine, each takes a GPU."""
+    import torch
+
+    from hess_plugin.calibration.ranks import launch
+
+    if given == "auto":
+        given = "cuda" if torch.cuda.is_available() else "cpu"
+    number = launch().local_rank
+    return f"cuda:{number}" if given == "cuda" and number is not None else given

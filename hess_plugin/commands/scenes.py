@@ -40,6 +40,7 @@ def convert(output: Path, scenes: int | None, **options: Any) -> None:
     check_writable(output / "scene")
     from hess_plugin.scenes.image_set import require_truth
     from hess_plugin.scenes.reading import read_scenes
+    from hess_plugin.scenes.scene import Scene
     from hess_plugin.scenes.writing import write_folder
 
     found = read_scenes(
@@ -54,13 +55,14 @@ def convert(output: Path, scenes: int | None, **options: Any) -> None:
                 note("convert", done, len(missing), found.names[i])
                 scene = found[i]
                 require_truth(scene, "converting")
+                assert isinstance(scene, Scene)  # all that is left
                 write_folder(scene, folders[i], origin=origin)
             note("convert", len(missing), len(missing), "")
     except KeyboardInterrupt:
         click.echo("\nInterrupted; finished scenes are kept; run the same command again to go on.", err=True)
         sys.exit(130)
     click.echo(
-        f"wrote {len(missing)} scenes to {output}, {len(folders) - len(missing)} were there; --data folder:{output}"
+        f"wrote {len(missing)} scenes to {output} ({len(folders) - len(missing)} were there): --data folder:{output}"
     )
 
 

@@ -220,7 +220,7 @@ def _frames_of(path: Path, good: Mapping[str, Mapping[int, str]]) -> tuple[dict[
     far = set()
     for record, text in read_records(path):
         name, number = _sequence_name(path, record), record.get("frame_number")
-        if name not in good or number not in good[name]:
+        if name not in good or not isinstance(number, int) or number not in good[name]:
             continue
         frames[name][number] = text
         if _is_far(record):

@@ -53,10 +53,10 @@ def registered_images(folder: Path) -> list[Posed]:
     }
     found = []
     for image in model.images.values():
-        if image.has_pose:
+        if image.has_pose:  # COLMAP writes no others today
             c2w = torch.eye(4, dtype=torch.float64)
             c2w[:3] = torch.from_numpy(image.cam_from_world().matrix())
-            found.append(Posed(image.name, invert_rigid(c2w), lenses[image.camera_id]))
+            found.append(Posed(_name(folder, image), invert_rigid(c2w), lenses[image.camera_id]))
     return sorted(found, key=lambda posed: posed.name)
 
 
@@ -90,6 +90,13 @@ def has_points(folder: Path) -> bool:
         return any(line.strip() and not line.startswith("#") for line in lines)
 
 
+def _name(folder: Path, image: Any) -> str:
+    try:
+        return str(image.name)
+    except UnicodeDecodeError as error:
+        raise SceneError(f"COLMAP model {folder} has an image name that is not UTF-8; rename that image.") from error
+
+
 def _is_binary(folder: Path) -> bool:
     return all((folder / f"{name}.bin").is_file() for name in FILES)
 
@@ -97,15 +104,16 @@ def _is_binary(folder: Path) -> bool:
 def _read_model(folder: Path) -> Any:
     """The model as pycolmap's Reconstruction.
 
-    pycolmap fills cameras that a file cut short lacks with whatever memory holds, and at the end of points that are
-    cut short it allocates until none is left: that the files are whole is made sure of here.
+    pycolmap fills cameras that a file cut short lacks with whatever memory holds, and where points or frames are cut
+    short it allocates until no memory is left: that the files are whole is made sure of here.
     """
     pycolmap = import_pycolmap("Reading a COLMAP model")
     suffix = ".bin" if _is_binary(folder) else ".txt"
     _check_complete(folder, suffix)
     if suffix == ".bin":
         for name, size in _SIZES.items():
-            _check_whole(folder / f"{name}.bin", size)
+            if (path := folder / f"{name}.bin").is_file():
+                _check_whole(path, size)
     try:
         model = pycolmap.Reconstruction(str(folder))
     except (ValueError, IndexError, RuntimeError, MemoryError, OSError) as error:
@@ -148,7 +156,7 @@ def _check_whole(path: Path, size: Callable[[bytes, int], int]) -> None:
         offset = 8
         for _ in range(count):
             offset = size(data, offset)
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         raise SceneError(f"COLMAP file {path} ends in the middle of an entry; copy it again.") from error
     if offset != len(data):
         raise SceneError(f"COLMAP file {path} has {len(data)} bytes, its entries take {offset}; copy it again.")
@@ -177,8 +185,26 @@ def _after_point(data: bytes, offset: int) -> int:
     return offset + 51 + 8 * int(count)
 
 
+def _after_rig(data: bytes, offset: int) -> int:
+    """Id, number of sensors; the first of them, 8 bytes; the others, each with a pose or without."""
+    (count,) = struct.unpack_from("<I", data, offset + 4)
+    offset += 8 + 8 * min(int(count), 1)
+    for _ in range(1, count):
+        (has_pose,) = struct.unpack_from("<B", data, offset + 8)
+        offset += 9 + 56 * bool(has_pose)
+    return offset
+
+
+def _after_frame(data: bytes, offset: int) -> int:
+    """Id, rig and pose; number of images, 16 bytes each."""
+    (count,) = struct.unpack_from("<I", data, offset + 64)
+    return offset + 68 + 16 * int(count)
+
+
 _SIZES: dict[str, Callable[[bytes, int], int]] = {
     "cameras": _after_camera,
     "images": _after_image,
     "points3D": _after_point,
+    "rigs": _after_rig,
+    "frames": _after_frame,
 }

@@ -8,6 +8,7 @@ little from the recorded one. A camera that is a pinhole already is left alone, 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,10 +173,11 @@ def _camera(lens: Lens) -> Any:
     if lens.model not in pycolmap.CameraModelId.__members__ or lens.model == "INVALID":
         raise SceneError(f"Camera model {lens.model!r} is not one that COLMAP knows; correct the camera.")
     camera = pycolmap.Camera(model=lens.model, width=lens.width, height=lens.height, params=list(lens.params))
-    if not camera.verify_params() or lens.width < 1 or lens.height < 1:
+    finite = all(map(math.isfinite, lens.params))
+    if not camera.verify_params() or not finite or lens.width < 1 or lens.height < 1:
         raise SceneError(
             f"A camera of model {lens.model} is {lens.width}x{lens.height} with {len(lens.params)} parameters, wanted "
-            f"are a size and {camera.params_info}; correct the camera."
+            f"are a size and finite {camera.params_info}; correct the camera."
         )
     return camera
 

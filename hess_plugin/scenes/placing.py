@@ -32,7 +32,8 @@ def place(
     intrinsics = intrinsics.clone()
     size = (placement.height, placement.width)
     if size != (height, width):
-        images = interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+        images = _scaled(images, height, placement.width)
+        images = _scaled(images, *size)
         if depth is not None:
             depth = interpolate(depth[:, None], size, mode="nearest-exact")[:, 0]
         intrinsics[:, 0] *= placement.width / width
@@ -42,6 +43,18 @@ def place(
     intrinsics[:, 0, 2] -= placement.left
     intrinsics[:, 1, 2] -= placement.top
     return _boxed(images, placement, WHITE), intrinsics, None if depth is None else _boxed(depth, placement, 0.0)
+
+
+def _scaled(images: Tensor, height: int, width: int) -> Tensor:
+    """Scale along one axis; the other has its length already.
+
+    The filter overshoots at sharp edges. Pillow, by which upstream's loaders scale, takes the columns first and cuts
+    the overshoot off before it takes the rows; cut only at the end, bright corners come out otherwise. (From release
+    13 on it takes the rows first where they shrink more: there, and only in such corners, the two differ.)
+    """
+    if (height, width) == tuple(images.shape[-2:]):
+        return images
+    return interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
 def _boxed(maps: Tensor, placement: Placement, fill: float) -> Tensor:

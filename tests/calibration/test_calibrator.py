@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hess_plugin import CalibrationError, PatchError, Profile, ProfileError, Scene, SceneError, hookimpl, patch
-from hess_plugin.calibration import calibrator
+from hess_plugin.calibration import calibrator, rounds
 from hess_plugin.calibration.alignment import align
 from hess_plugin.calibration.calibrator import calibrate
 from hess_plugin.calibration.fisher import head_traces, only_sites_require_grad
+from hess_plugin.calibration.record import Findings
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.rooms import make_scene
 from hess_plugin.plugins import get_plugin_manager, register, resolve_adapter
@@ -46,15 +47,15 @@ class Rooms(Sequence[Scene]):
 
 @pytest.fixture(autouse=True)
 def note_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calibrator._measure
+    original = rounds._measure
 
-    def measure(measurer: Any, scene: Scene, *rest: Any) -> None:
+    def measure(measurer: Any, scene: Scene, digest: str) -> Findings:
         if Rooms.in_use is not None:
             Rooms.in_use.measured.append(scene.name)
-        original(measurer, scene, *rest)
+        return original(measurer, scene, digest)
 
     monkeypatch.setattr(Rooms, "in_use", None)
-    monkeypatch.setattr(calibrator, "_measure", measure)
+    monkeypatch.setattr(rounds, "_measure", measure)
 
 
 @pytest.fixture

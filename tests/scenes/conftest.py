@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 import torch
 
 from hess_plugin.demo.raycast import cast
 from hess_plugin.demo.rooms import _sample_room, render_room
-from hess_plugin.geometry import quaternion_to_matrix
+from hess_plugin.geometry import invert_rigid, quaternion_to_matrix
 from hess_plugin.scenes import Scene
+from hess_plugin.scenes.distortion import Lens
 
 MakeScene = Callable[..., Scene]
 
@@ -64,6 +66,14 @@ def make_scene() -> MakeScene:
     return make
 
 
+def lens_rays(lens: Lens) -> np.ndarray:
+    """Rays `[H, W, 3]` with z = 1 through the pixels of a camera with a lens."""
+    camera = pycolmap.Camera(model=lens.model, width=lens.width, height=lens.height, params=lens.params)
+    v, u = np.mgrid[: lens.height, : lens.width] + 0.5
+    flat = camera.cam_from_img(np.stack([u.ravel(), v.ravel()], -1))
+    return np.concatenate([flat, np.ones((len(flat), 1))], -1).reshape(lens.height, lens.width, 3)
+
+
 class Studio:
     """A synthetic room that any camera can be put into, with a lens of any kind."""
 
@@ -82,6 +92,38 @@ class Studio:
         image = (colours.T * np.float32(255) + np.float32(0.5)).astype(np.uint8)
         return image.reshape(rays.shape), depth.reshape(rays.shape[:2])
 
+    def through(self, c2w: torch.Tensor, lens: Lens) -> tuple[np.ndarray, np.ndarray]:
+        """What a camera with a lens sees."""
+        return self.shoot(c2w, lens_rays(lens))
+
+    def world(self, c2w: torch.Tensor, lens: Lens, depth: np.ndarray) -> np.ndarray:
+        """World points `[H * W, 3]` of the depth that a camera with a lens sees."""
+        return (lens_rays(lens) * depth[..., None]).reshape(-1, 3) @ c2w[:3, :3].numpy().T + c2w[:3, 3].numpy()
+
+    def write_model(self, folder: Path, lens: Lens, names: list[str], points: np.ndarray) -> None:
+        """COLMAP's text files: all points are seen in the first two images, the first half of them also in the third.
+
+        Images and camera are numbered against the order of the names.
+        """
+        folder.mkdir(parents=True)
+        numbers = " ".join(map(repr, lens.params))
+        (folder / "cameras.txt").write_text(
+            f"# Number of cameras: 1\n7 {lens.model} {lens.width} {lens.height} {numbers}\n"
+        )
+        images = [f"# Number of images: {len(names)}, mean observations per image: 1"]
+        for i, (name, w2c) in enumerate(zip(names, invert_rigid(self.c2w).numpy(), strict=True)):
+            x, y, z, w = pycolmap.Rotation3d(w2c[:3, :3]).quat
+            place = " ".join(repr(float(number)) for number in (w, x, y, z, *w2c[:3, 3]))
+            images.append(f"{10 - i} {place} 7 {name}")
+            seen = range(len(points) if i < 2 else len(points) // 2)
+            images.append(" ".join(f"1.5 2.5 {number + 100}" for number in seen))
+        (folder / "images.txt").write_text("\n".join(images) + "\n")
+        entries = [f"# Number of points: {len(points)}, mean track length: 2.5"]
+        for number, (x, y, z) in enumerate(points):
+            track = " ".join(f"{10 - i} {number}" for i in range(3 if number < len(points) // 2 else 2))
+            entries.append(f"{number + 100} {float(x)!r} {float(y)!r} {float(z)!r} 1 2 3 0.5 {track}")
+        (folder / "points3D.txt").write_text("\n".join(entries) + "\n")
+
     def pinhole(self, c2w: torch.Tensor, k: torch.Tensor, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """What a camera with intrinsics `k` and no lens distortion sees."""
         v, u = np.mgrid[:height, :width]
@@ -90,8 +132,8 @@ class Studio:
     def misfit(self, scene: Scene, shift: float = 0.0) -> tuple[float, float]:
         """How far a scene is from what its own cameras see.
 
-        The mean over pixels of the colours' difference (grey values), the median of the depth's (per cent), of the worst
-        view. With `shift`, the cameras' principal points are moved so many pixels: what a wrong convention costs.
+        The mean over pixels of the colours' difference (grey values), the median of the depth's (per cent), of the
+        worst view. With `shift`, the cameras' principal points are moved so many pixels: what a wrong convention costs.
         """
         colours, depths = [], []
         for i in range(scene.views):

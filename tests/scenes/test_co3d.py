@@ -487,6 +487,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "frames not a list": (lambda r: write_gzip(r / FRAMES, {"a": 1}), "frame_annotations.jgz is not a JSON list"),
     "frames without names": (lambda r: write_gzip(r / FRAMES, [{}]), "frame_annotations.jgz: sequence_name of a"),
     "frame missing": (lambda r: edit(r, lambda f: f.pop(2)), "frame 2 is missing, .*fewview_dev.json names it"),
+    "frame number a list": (put([4], "frame_number"), "frame 2 is missing, .*fewview_dev.json names it"),
     "other image": (put(f"{WHERE}/images/x.jpg", "image", "path"), TOLD + "image.path leads to .*x.jpg.*says 'apple"),
     "no image": (drop("image"), TOLD + "image is None, a record"),
     "image path a number": (put(5, "image", "path"), TOLD + "image.path is 5"),

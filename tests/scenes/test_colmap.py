@@ -15,6 +15,8 @@ from PIL import Image
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid, project
 from hess_plugin.scenes import Framing, Scene, read_scenes
+from hess_plugin.scenes.colmap_model import registered_images
+from hess_plugin.scenes.distortion import Lens
 
 LENSES = {
     "OPENCV": (150.0, 152.0, 82.0, 59.0, -0.15, 0.04, 0.002, -0.003),
@@ -25,46 +27,16 @@ LENSES = {
 HEIGHT, WIDTH, POINTS = 120, 160, 60
 
 
-def lens_rays(model: str, params: tuple[float, ...]) -> np.ndarray:
-    """Rays `[H, W, 3]` through the pixels of a camera with a lens."""
-    camera = pycolmap.Camera(model=model, width=WIDTH, height=HEIGHT, params=params)
-    v, u = np.mgrid[:HEIGHT, :WIDTH] + 0.5
-    flat = camera.cam_from_img(np.stack([u.ravel(), v.ravel()], -1))
-    return np.concatenate([flat, np.ones((len(flat), 1))], -1).reshape(HEIGHT, WIDTH, 3)
-
-
-def write_model(folder: Path, model: str, params: tuple[float, ...], c2w: torch.Tensor, points: np.ndarray) -> None:
-    """COLMAP's text files: every point is seen in the first two images, the first half of them in the third, too."""
-    folder.mkdir(parents=True)
-    numbers = " ".join(map(str, params))
-    (folder / "cameras.txt").write_text(f"# Number of cameras: 1\n7 {model} {WIDTH} {HEIGHT} {numbers}\n")
-    lines = ["# Number of images: 3, mean observations per image: 1"]
-    for i, w2c in enumerate(invert_rigid(c2w).numpy()):
-        x, y, z, w = pycolmap.Rotation3d(w2c[:3, :3]).quat
-        place = " ".join(map(repr, map(float, (w, x, y, z, *w2c[:3, 3]))))
-        # Numbered against the order of the names: views come by name.
-        lines.append(f"{10 - i} {place} 7 left/{i}.png")
-        seen = range(len(points) if i < 2 else len(points) // 2)
-        lines.append(" ".join(f"1.5 2.5 {number + 100}" for number in seen))
-    (folder / "images.txt").write_text("\n".join(lines) + "\n")
-    lines = [f"# Number of points: {len(points)}, mean track length: 2.5"]
-    for number, (x, y, z) in enumerate(points):
-        track = " ".join(f"{10 - i} {number}" for i in range(3 if number < len(points) // 2 else 2))
-        lines.append(f"{number + 100} {float(x)!r} {float(y)!r} {float(z)!r} 1 2 3 0.5 {track}")
-    (folder / "points3D.txt").write_text("\n".join(lines) + "\n")
-
-
 def write_scene(root: Path, studio: Any, model: str = "OPENCV") -> np.ndarray:
     """Images of a room through a lens, and its model in sparse/0; returns the points."""
-    rays = lens_rays(model, LENSES[model])
+    lens = Lens(model, WIDTH, HEIGHT, LENSES[model])
     (root / "images" / "left").mkdir(parents=True)
     depth = np.zeros(())
     for i, c2w in enumerate(studio.c2w):
-        image, depth = studio.shoot(c2w, rays)
+        image, depth = studio.through(c2w, lens)
         Image.fromarray(image).save(root / "images" / "left" / f"{i}.png")
-    world = (rays * depth[..., None]).reshape(-1, 3) @ studio.c2w[-1][:3, :3].numpy().T + studio.c2w[-1][:3, 3].numpy()
-    points = world[::311][:POINTS]
-    write_model(root / "sparse" / "0", model, LENSES[model], studio.c2w, points)
+    points = studio.world(studio.c2w[-1], lens, depth)[::311][:POINTS]
+    studio.write_model(root / "sparse" / "0", lens, [f"left/{i}.png" for i in range(3)], points)
     return np.asarray(points)
 
 
@@ -118,7 +90,8 @@ def test_points_are_chosen_by_the_number_of_images_that_see_them(tmp_path: Path,
 
 def test_a_model_without_points_is_a_scene_of_poses(tmp_path: Path, studio: Any) -> None:
     write_scene(tmp_path / "room", studio)
-    write_model(tmp_path / "bare", "PINHOLE", LENSES["PINHOLE"], studio.c2w, np.zeros((0, 3)))
+    lens = Lens("PINHOLE", WIDTH, HEIGHT, LENSES["PINHOLE"])
+    studio.write_model(tmp_path / "bare", lens, [f"left/{i}.png" for i in range(3)], np.zeros((0, 3)))
     assert read(f"colmap:{tmp_path / 'room'},model={tmp_path / 'bare'}").points is None
     to_binary(tmp_path / "bare")
     assert read(f"colmap:{tmp_path / 'room'},model={tmp_path / 'bare'}").points is None
@@ -150,6 +123,20 @@ def test_nothing_is_opened_before_it_is_asked_for(tmp_path: Path, studio: Any) -
         image.write_text("not an image")
     (tmp_path / "room/sparse/0/images.txt").write_text("not a model")
     assert read_scenes(f"colmap:{tmp_path / 'room'}").names == ["room"]
+
+
+def test_rigs_of_several_cameras_stand_where_they_stood(tmp_path: Path) -> None:
+    options = pycolmap.SyntheticDatasetOptions()
+    options.num_rigs, options.num_cameras_per_rig, options.num_frames_per_rig, options.num_points3D = 2, 3, 4, 50
+    model = pycolmap.synthesize_dataset(options)
+    model.write_binary(str(tmp_path))
+    found = registered_images(tmp_path)
+    assert len(found) == model.num_reg_images() == 24
+    by_name = {image.name: image for image in model.images.values()}
+    assert not all(by_name[posed.name].is_ref_in_frame() for posed in found)
+    for posed in found:
+        w2c = torch.from_numpy(by_name[posed.name].cam_from_world().matrix())
+        torch.testing.assert_close(invert_rigid(posed.c2w)[:3], w2c)
 
 
 def edit(name: str, old: str, new: str) -> Callable[[Path], object]:
@@ -196,6 +183,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "points cut": (cut(f"{MODEL}/points3D.txt", 0.5), "cannot be read"),
     "points cut at a line": (cut_line(f"{MODEL}/points3D.txt"), "points3D.txt holds 59 of 60 entries"),
     "frames without rigs": (lambda f: (f / MODEL / "frames.txt").write_text(""), "has frames.txt and no rigs.txt"),
+    "image name in another code": (
+        lambda f: (f / MODEL / "images.txt").write_bytes(
+            (f / MODEL / "images.txt").read_bytes().replace(b"left/1", b"\xff1")
+        ),
+        "has an image name that is not UTF-8",
+    ),
     "no registered image": (
         lambda f: [(f / MODEL / name).write_text("") for name in ("images.txt", "points3D.txt")],
         "has no registered image",
@@ -213,7 +206,8 @@ BINARY: dict[str, tuple[Callable[[Path], object], str]] = {
     "points cut at the end": (cut(f"{MODEL}/points3D.bin", 0.999), "points3D.bin has"),
     "points are text": (lambda f: (f / MODEL / "points3D.bin").write_text("hello, all of you"), "points3D.bin ends"),
     "rigs gone": (lambda f: (f / MODEL / "rigs.bin").unlink(), "has frames.bin and no rigs.bin"),
-    "frames cut": (cut(f"{MODEL}/frames.bin", 0.5), "cannot be read"),
+    "rigs cut": (cut(f"{MODEL}/rigs.bin", 0.8), "rigs.bin has"),
+    "frames cut": (cut(f"{MODEL}/frames.bin", 0.5), "frames.bin ends in the middle"),
 }
 
 
@@ -253,7 +247,9 @@ def test_a_real_model_agrees_with_the_same_scene_in_another_format(
         pytest.skip(f"no colmap in {samples} or no redkitchen-d in {real_scenes}")
     scene = read(f"colmap:{samples / 'colmap'},model={model}")
     frames = json.loads((reference / "cameras.json").read_text())["frames"]
-    torch.testing.assert_close(scene.c2w, torch.tensor([f["c2w"] for f in frames], dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        scene.c2w, torch.tensor([f["c2w"] for f in frames], dtype=torch.float64), atol=1e-8, rtol=0
+    )
     assert scene.points is not None and scene.points.shape == (2627, 3)
     small = read_scenes(f"colmap:{samples / 'colmap'},model={model}", framing=Framing(14, 224))[0]
     assert (small.height, small.width) == (168, 224)

@@ -50,7 +50,9 @@ def test_images_are_those_of_colmap(model: str) -> None:
     assert black.mean() < 0.1 and np.abs(ours - theirs)[~black].max() < 0.51
 
 
-@pytest.mark.parametrize("model, params", [("PINHOLE", (50.0, 51.0, 30.2, 22.1)), ("SIMPLE_PINHOLE", (50.0, 32.0, 24.0))])
+@pytest.mark.parametrize(
+    "model, params", [("PINHOLE", (50.0, 51.0, 30.2, 22.1)), ("SIMPLE_PINHOLE", (50.0, 32.0, 24.0))]
+)
 def test_a_pinhole_camera_is_left_alone(model: str, params: tuple[float, ...]) -> None:
     lens = Lens(model, 64, 48, params)
     image, depth = random_image(48, 64), random_image(48, 64)[0]
@@ -98,7 +100,12 @@ def test_every_pixel_is_that_of_the_twin(data: st.DataObject) -> None:
     model = data.draw(st.sampled_from(["OPENCV", "OPENCV_FISHEYE"]))
     lens = Lens(model, width, height, (focal, focal * 1.1, width / 2 + 0.2, height / 2 - 0.3, *bend))
     pinhole = Pinhole(
-        data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)), 0.8 * focal, 0.9 * focal, data.draw(st.floats(0, 9)), 3.0
+        data.draw(st.integers(1, 9)),
+        data.draw(st.integers(1, 9)),
+        0.8 * focal,
+        0.9 * focal,
+        data.draw(st.floats(0, 9)),
+        3.0,
     )
     image = random_image(height, width, data.draw(st.integers(0, 99)))[:1]
     np.testing.assert_allclose(
@@ -125,7 +132,8 @@ def test_more_rows_than_are_mapped_at_a_time() -> None:
     [
         (Lens("OPENCVX", 64, 48, (1.0,)), "Camera model 'OPENCVX' is not one that COLMAP knows"),
         (Lens("INVALID", 64, 48, ()), "Camera model 'INVALID' is not one"),
-        (Lens("OPENCV", 64, 48, (50.0, 50.0)), "64x48 with 2 parameters, wanted are a size and fx, fy"),
+        (Lens("OPENCV", 64, 48, (50.0, 50.0)), "64x48 with 2 parameters, wanted are a size and finite fx, fy"),
+        (Lens("PINHOLE", 64, 48, (50.0, float("nan"), 1.0, 1.0)), "finite fx, fy, cx, cy"),
         (Lens("PINHOLE", 0, 48, (50.0, 50.0, 1.0, 1.0)), "is 0x48 with 4 parameters"),
         (Lens("EQUIRECTANGULAR", 64, 48, (64.0, 48.0)), "EQUIRECTANGULAR has no pinhole image"),
     ],

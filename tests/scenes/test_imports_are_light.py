@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 LIGHT = "hess_plugin.scenes, hess_plugin.calibration.errors, hess_plugin.evaluation.pose, hess_plugin.evaluation.clouds"
-HEAVY = "open3d, faiss, matplotlib, PIL, scipy"
+HEAVY = "open3d, faiss, matplotlib, PIL, scipy, pycolmap"
 
 
 def test_reading_the_modules_loads_no_optional_package() -> None:

@@ -57,9 +57,9 @@ def seeds(scene: ImageSet) -> list[int]:
 
 
 def test_a_folder_is_a_scene_without_truth_in_natural_order(tmp_path: Path) -> None:
-    fill(tmp_path / "trip", "img10.png", "img2.png", "IMG1.PNG", "img02.png", "img2b.png")
+    fill(tmp_path / "trip", "img10.png", "img2.png", "IMG1.PNG", "img02.png", "img2b.png", "IMG11.png")
     scene = read(tmp_path / "trip")
-    assert scene.name == "trip" and seeds(scene) == [2, 3, 1, 4, 0]
+    assert scene.name == "trip" and seeds(scene) == [2, 3, 1, 4, 0, 5]
     assert read_scenes(f"images:{tmp_path / 'trip'}", views=2)[0].views == 2
 
 
