@@ -40,6 +40,7 @@ def calibrate(
     eps: float = EPS,
     autocast: torch.dtype | None = None,
     memory: str = "lean",
+    target: str = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
     adapter: str | None = None,
@@ -54,8 +55,8 @@ def calibrate(
 
     Args:
         model: a model that an adapter claims; its device decides where it runs.
-        scenes: scenes at a size the model takes, with true cameras and, for the point error, depth or points;
-            lazily loaded sequences are read one scene at a time. Names must differ.
+        scenes: scenes at a size the model takes, with true cameras and, for the point error, depth or points; or
+            images alone. Lazily loaded sequences are read one scene at a time. Names must differ.
         output: write the profile here. While running, ``<output>.partial`` holds the raw traces: a killed
             calibration goes on from there and ends with the same profile.
         camera_weight: lambda of the score recorded in the profile; the model family's by default.
@@ -63,6 +64,10 @@ def calibrate(
         autocast: run the forward under autocast in this type (bfloat16 on a GPU); None for the model's own.
         memory: ``lean`` keeps only what goes into each block and head and computes the rest again, ``plain`` keeps
             the whole graph; the traces agree to rounding.
+        target: ``truth`` measures errors against the scenes' ground truth, as HeSS does; ``self`` needs none and
+            measures them against the model's own prediction, displaced at random (see
+            `hess_plugin.calibration.self_target`); ``auto`` takes the truth of scenes and, where all there is are
+            images (`ImageSet`), the prediction. Recorded in the profile's metadata as ``truth`` or ``self``.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
         progress: called as ``progress(done, total, scene)`` before each scene and once at the end; in rank 0 only.
         adapter: take this adapter instead of asking which one claims the model.
@@ -75,14 +80,14 @@ def calibrate(
         The profile.
 
     Raises:
-        CalibrationError: no scene gave a usable error, a trace is not finite, or ``<output>.partial`` belongs to
-            another calibration; another rank stopped, is gone, or was given something else.
+        CalibrationError: no scene gave a usable error, a trace is not finite, some scenes have a truth and others
+            none, or ``<output>.partial`` belongs to another calibration; another rank stopped, is gone, or was given something else.
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """
     ranks = ranks or Ranks()
     with ranks.together():
-        protocol = Protocol(eps=eps, autocast=autocast, memory=memory)
+        protocol = Protocol(eps=eps, autocast=autocast, memory=memory, target=target)
         _check_arguments(model, scenes, camera_weight)
         path = None if output is None or ranks.rank != 0 else Path(output)
         if path is not None:
@@ -97,7 +102,13 @@ def calibrate(
         family = chosen.family(model)
         weight = family.camera_weight if camera_weight is None else camera_weight
         source = family.source if camera_weight is None else "given"
-        provenance = {**_provenance(model, autocast), **(metadata or {}), "eps": eps, "memory": memory}
+        provenance = {
+            **_provenance(model, autocast),
+            **(metadata or {}),
+            "eps": eps,
+            "memory": memory,
+            "target": target,
+        }
         settings = {
             "adapter": chosen.name,
             "sites": [site.name for site in sites],
@@ -171,6 +182,7 @@ def _profile(
         fingerprint=weights_fingerprint(sites),
         metadata={
             **provenance,
+            "target": found.facts[measured[0]]["target"],  # one for all
             "created": record.started,
             "measured": {name: found.facts[name] for name in measured},
             "skipped": {name: found.skipped[name] for name in names if name in found.skipped},

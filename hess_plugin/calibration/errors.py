@@ -44,7 +44,7 @@ def camera_error(centres: Tensor, true_centres: Tensor, similarity: Similarity) 
             f"Camera centres of shapes {list(centres.shape)} and {list(true_centres.shape)} do not fit; "
             "give two [N, 3] with N >= 1."
         )
-    centres = _at_least_float32(centres)
+    centres = at_least_float32(centres)
     difference = similarity.apply(centres) - true_centres.detach().to(centres)
     return difference.square().sum() / (2 * centres.shape[0])
 
@@ -69,7 +69,7 @@ def point_error(
         CalibrationError: when there is no inlier.
     """
     index = cloud if isinstance(cloud, CloudIndex) else CloudIndex(cloud)
-    mapped = similarity.apply(_at_least_float32(points))
+    mapped = similarity.apply(at_least_float32(points))
     nearest, squared = index.nearest(mapped)
     inside = squared < eps * eps
     count = int(inside.sum())
@@ -129,6 +129,6 @@ def _scene_errors(prediction: Prediction, scene: Scene, eps: float, max_points: 
     return Errors(camera, error, alignment, inliers)
 
 
-def _at_least_float32(points: Tensor) -> Tensor:
+def at_least_float32(points: Tensor) -> Tensor:
     """Half precision cannot hold squared distances of 1e-4: compute errors in float32 or wider."""
     return points.float() if points.dtype in (torch.float16, torch.bfloat16) else points

@@ -14,7 +14,7 @@ from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import CalibrationError, HessError
 from hess_plugin.predictions import Prediction
 from hess_plugin.profiles import ERROR_NAMES
-from hess_plugin.scenes.image_set import ImageSet
+from hess_plugin.scenes.image_set import ImageSet, require_truth
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import PROJECTIONS, Site
 
@@ -22,8 +22,10 @@ from .errors import EPS, Errors
 from .fisher import head_traces, only_sites_require_grad
 from .lean import lean
 from .patch_rows import Taps, taps
+from .self_target import image_seed, self_errors
 
 MEMORY = ("lean", "plain")
+TARGETS = ("auto", "truth", "self")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Protocol:
         autocast: type of the forward, or None for the model's own.
         memory: ``lean`` recomputes blocks and runs heads frame by frame, ``plain`` keeps the whole graph; the
             traces agree to rounding.
+        target: what errors are measured against: ``truth`` is the scene's own, ``self`` the model's own prediction
+            (see `self_target`; eps plays no part), ``auto`` the truth where a scene has one, else the prediction.
 
     Raises:
         CalibrationError: a value out of range.
@@ -43,12 +47,19 @@ class Protocol:
     eps: float = EPS
     autocast: torch.dtype | None = None
     memory: str = "lean"
+    target: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.eps > 0:
             raise CalibrationError(f"eps is {self.eps}, wanted a distance above 0 in units of the normalised scene.")
         if self.memory not in MEMORY:
             raise CalibrationError(f"memory is {self.memory!r}, wanted one of {', '.join(MEMORY)}.")
+        if self.target not in TARGETS:
+            raise CalibrationError(f"target is {self.target!r}, wanted one of {', '.join(TARGETS)}.")
+
+    def measures_itself(self, scene: Scene | ImageSet) -> bool:
+        """Whether a scene is measured against the model's own prediction."""
+        return self.target == "self" or (self.target == "auto" and isinstance(scene, ImageSet))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +90,7 @@ class Measurer:
 
         Raises:
             CalibrationError: the scene cannot be aligned, has no usable error, or a gradient is not finite.
-            SceneError: the scene is malformed.
+            SceneError: the scene is malformed, or has no ground truth and the target is one.
             HessError: it does not fit into memory.
         """
         try:
@@ -101,14 +112,14 @@ class Measurer:
         device = self._weights[0].device
         with self._memory(scene.views), torch.enable_grad():
             with self._autocast(device):
-                scene, errors = self._errors(scene, device)
+                errors, facts = self._errors(scene, device)
             present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
             if not present:
                 raise CalibrationError(
                     f"scene {scene.name} has neither a camera nor a point error; give it views or depth."
                 )
             traces = self._traces(present)
-        return Measured(traces, _facts(scene, errors, present))
+        return Measured(traces, {**facts, **_facts(errors, present, facts["target"])})
 
     def predict(self, images: Tensor) -> Prediction:
         """Run the forward of a measurement on images ``[S, 3, H, W]``."""
@@ -121,11 +132,18 @@ class Measurer:
             prediction = self.predict(images)
             self._traces([("camera", prediction.centres.square().sum()), ("points", prediction.points.square().sum())])
 
-    def _errors(self, scene: Scene | ImageSet, device: torch.device) -> tuple[Scene, Errors]:
-        if isinstance(scene, ImageSet):
-            raise CalibrationError(f"{scene.name} has no ground truth.")
+    def _errors(self, scene: Scene | ImageSet, device: torch.device) -> tuple[Errors, dict[str, Any]]:
+        """The errors of one scene, and what is known about it before they are."""
+        facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width]}
+        if self._protocol.measures_itself(scene):
+            prediction = self._adapter.predict(self._model, scene.images.to(device))
+            errors = self_errors(prediction, name=scene.name, seed=image_seed(scene.images))
+            return errors, {**facts, "target": "self"}
+        require_truth(scene, "calibrating against ground truth")
+        assert isinstance(scene, Scene)
         scene = scene.normalised().to(device)
-        return scene, self._adapter.compute_errors(self._model, scene, self._protocol.eps)
+        errors = self._adapter.compute_errors(self._model, scene, self._protocol.eps)
+        return errors, {**facts, "scale": scene.scale, "target": "truth"}
 
     def _traces(self, present: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
         twins = self._taps.twins if self._taps.complete() else None
@@ -165,9 +183,9 @@ def measuring(adapter: Adapter, model: nn.Module, sites: Sequence[Site], protoco
         yield Measurer(adapter, model, sites, protocol, found)
 
 
-def _facts(scene: Scene, errors: Errors, present: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"views": scene.views, "size": [scene.height, scene.width], "scale": scene.scale}
-    facts |= {f"{kind}_error": error.item() for kind, error in present}
+def _facts(errors: Errors, present: Sequence[tuple[str, Tensor]], target: str) -> dict[str, Any]:
+    # Against itself a prediction has the errors that were drawn: they say nothing.
+    facts: dict[str, Any] = {} if target == "self" else {f"{kind}_error": error.item() for kind, error in present}
     if errors.alignment is not None:
         facts["alignment"] = errors.alignment.method
     if errors.points is not None:

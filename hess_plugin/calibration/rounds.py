@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import cast
 
 from hess_plugin.exceptions import CalibrationError, SceneError
@@ -52,7 +52,7 @@ def measure_all(
         The names of all scenes, in order.
 
     Raises:
-        CalibrationError: two scenes have one name.
+        CalibrationError: two scenes have one name, or were measured against different targets.
         SceneError: a scene is malformed.
     """
     places: dict[str, int] = {}
@@ -74,6 +74,7 @@ def measure_all(
                 _place(places, name, place)
             record.add(theirs)
             left |= header["left"]
+        _check_one_target(record, places)
     if progress is not None:
         progress(len(places), len(places), "")
     return sorted(places, key=places.__getitem__)
@@ -117,6 +118,21 @@ def _place(places: dict[str, int], name: str, place: int) -> None:
     if name in places:
         raise CalibrationError(f"two scenes are called {name!r}; give every scene its own name.")
     places[name] = place
+
+
+def _check_one_target(record: Record, places: Mapping[str, int]) -> None:
+    """Refuse scenes measured against their truth beside others measured against the model's own prediction.
+
+    Raises:
+        CalibrationError: naming one of each.
+    """
+    named = {record.found.facts[name].get("target"): name for name in places if name in record.found.facts}
+    if len(named) > 1:
+        raise CalibrationError(
+            f"{named['truth']} was measured against its ground truth and {named['self']}, which has none, against the "
+            "model's own prediction, and traces of the two cannot be averaged; give scenes of one kind, or choose the "
+            "target truth or self for all."
+        )
 
 
 def _measure(measurer: Measurer, scene: AnyScene, digest: str) -> Findings:

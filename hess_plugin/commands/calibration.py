@@ -11,12 +11,17 @@ import click
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import first_rank, one_voice, progress_bars, warn_random
 
-from .options import DATA, OUTPUT, data_options, model_and_scenes, model_options
+from .options import OUTPUT, data_facts, data_options, model_and_scenes, model_options
 
 if TYPE_CHECKING:
     from torch import nn
 
     from hess_plugin.calibration.ranks import Ranks
+
+_WITHOUT_TRUTH = (
+    "ground-truth-free: errors were measured against the model's own predictions, displaced at random; no true camera "
+    "or point was used, so nothing here tells how accurate the model is on these images"
+)
 
 
 @click.command()
@@ -45,9 +50,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="lean recomputes blocks and runs heads frame by frame, plain keeps the whole graph; the traces agree.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(["auto", "truth", "self"]),
+    default="auto",
+    show_default=True,
+    help="What errors are measured against: the scenes' ground truth or, where all there is are images, the model's "
+    "own prediction.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
-    """Measure every head's sensitivity on scenes with ground truth and write a profile.
+    """Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
 
@@ -85,7 +98,9 @@ def _calibrate(
     autocast = torch.bfloat16 if _wants_bfloat16(options["autocast"], loaded) else None
     if dry_run:
         if ranks.rank == 0:
-            protocol = Protocol(eps=options["eps"], autocast=autocast, memory=options["memory"])
+            protocol = Protocol(
+                eps=options["eps"], autocast=autocast, memory=options["memory"], target=options["target"]
+            )
             click.echo(rehearse(loaded, found, protocol, options["adapter"], manager))
         return
     with progress_bars(shown=ranks.rank == 0) as note:
@@ -97,7 +112,8 @@ def _calibrate(
             eps=options["eps"],
             autocast=autocast,
             memory=options["memory"],
-            metadata={"model": model, "weights": weights or "shipped", **{name: options[name] for name in DATA}},
+            target=options["target"],
+            metadata={"model": model, "weights": weights or "shipped", **data_facts(options)},
             progress=lambda done, total, scene: note("calibrate", done, total, scene),
             adapter=options["adapter"],
             manager=manager,
@@ -105,6 +121,8 @@ def _calibrate(
         )
     if ranks.rank == 0:
         click.echo(profile_summary(profile))
+        if profile.metadata["target"] == "self":
+            click.echo(_WITHOUT_TRUTH)
         click.echo(f"wrote {output}")
         if weights == "random":
             warn_random()

@@ -11,7 +11,7 @@ import click
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
-from .options import COUNT, DATA, FILE, OUTPUT, data_options, model_and_scenes, model_options
+from .options import COUNT, FILE, OUTPUT, data_facts, data_options, model_and_scenes, model_options
 from .scoring import score_options, scoring_of
 
 
@@ -73,7 +73,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     made = "" if score is None else f"; score: {scoring.resolved(score)}"
     click.echo(f"\nscenes: {len(found)}; mean ± standard error; AUC in points{made}; {describe_machine()}.")
     if output is not None:
-        facts = {name: options[name] for name in DATA} | {"data": " ".join(options["data"])} | blocks
+        facts = data_facts(options) | blocks
         facts |= {"profile": profile} | asdict(scoring if score is None else scoring.resolved(score))
         write_csv(
             output, rows, {"model": model, "weights": weights or "shipped", **facts, "machine": describe_machine()}

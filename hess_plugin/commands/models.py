@@ -23,7 +23,8 @@ def sites(model: str, weights: str | None, **options: Any) -> None:
     framing, size = family.framing, family.framing.resolution or "their own"
     click.echo(
         f"adapter {adapter.name} claims {type(loaded).__name__}: {len(found)} sites, image sides multiples of "
-        f"{framing.multiple} (framing {framing.mode}, size {size}), camera weight {family.camera_weight:g} ({family.source})"
+        f"{framing.multiple} (framing {framing.mode}, size {size}), camera weight {family.camera_weight:g} "
+        f"({family.source})"
     )
     width = max(len(site.name) for site in found)
     click.echo(f"{'site':{width}}  heads  head dim  layout module")

@@ -70,7 +70,12 @@ data_options = options(
         help="How images get there: whole by their longest side or area, cropped, padded; the model's way by default.",
     ),
 )
-DATA = ("data", "views", "seed", "resolution", "framing")
+
+
+def data_facts(options: dict[str, Any]) -> dict[str, Any]:
+    """What to record of the data options, beside a result."""
+    facts = {name: options[name] for name in ("views", "seed", "resolution", "framing")}
+    return {"data": " ".join(options["data"]), **facts}
 
 
 def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) -> tuple[Any, Any, Any]:

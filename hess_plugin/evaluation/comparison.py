@@ -24,6 +24,7 @@ from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
 from hess_plugin.profiles import Profile
+from hess_plugin.scenes.image_set import require_truth
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import Scoring, head_scores
 from hess_plugin.settings import Settings
@@ -144,6 +145,7 @@ def compare(
     device = next(model.parameters()).device
     rows: list[Measurement] = []
     for index, scene in enumerate(scenes):
+        require_truth(scene, "evaluating")
         if scene.views < 2:
             raise SceneError(f"scene {scene.name} has 1 view; cameras are compared in pairs, so give 2 views or more.")
         scene = scene.normalised().to(device)

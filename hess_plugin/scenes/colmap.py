@@ -43,7 +43,11 @@ def find_sources(root: Path, images: str = "images", model: str = "sparse", trac
     if not track.isdigit() or int(track) < 1:
         raise SceneError(f"COLMAP's option track is {track!r}, a whole number of images was wanted.")
     sources = []
-    for scene in scene_folders(root, lambda folder: bool(_models(folder / model)), f"a COLMAP model in {model}"):
+    for scene in scene_folders(
+        root,
+        lambda folder: bool(_models(folder / model)),
+        f"a COLMAP model in {model} (,model=... behind the folder names another place)",
+    ):
         if not (scene / images).is_dir():
             raise SceneError(f"COLMAP scene {scene} has no folder {images}; name the one with its images: images=...")
         models = _models(scene / model)

@@ -161,6 +161,8 @@ def scenarios(worker: Worker) -> None:
             worker.run("raises again", output="raises", at_forward=fail(rank=1, forward=2))
     with processes(3):
         worker.run("resumed", output="raises")
+        worker.run("begun", output="changed", progress=interrupt)
+        worker.run("changed", scenes=Rooms([*scenes[:2], replace(scenes[4], name=scenes[2].name), *scenes[3:]]))
         worker.run("malformed", scenes=Rooms(scenes, broken=4))
         worker.run("interrupted", progress=interrupt)
         worker.run("full disk", progress=fill_disk)

@@ -174,6 +174,15 @@ def test_a_rank_that_raises_stops_the_others_and_any_number_goes_on(told: Told, 
 
 
 @pytest.mark.slow
+def test_a_scene_that_changed_is_measured_again_by_whom_it_falls_to(told: Told, tmp_path: Path) -> None:
+    scenes = make_scenes()
+    scenes[2] = replace(scenes[4], name=scenes[2].name)
+    calibrate(make_model(), scenes, output=tmp_path / "a.hess", eps=ANY_DISTANCE)
+    assert told.profiles("changed", ranks=3) == [undated(tmp_path / "a.hess")] * 4
+    assert told.of("changed", "measured") == [1, 1, 1]  # the fourth, the fifth, and the changed third
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, origin, error, reason",
     [
@@ -345,9 +354,9 @@ def rank_of(launcher: int, rank: int) -> int:
     """The process of a rank that torchrun started."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # others come and go
-            if f"PPid:\t{launcher}\n" in (process / "status").read_text():
-                if f"\0LOCAL_RANK={rank}\0".encode() in (process / "environ").read_bytes():
-                    return int(process.name)
+            ours = f"PPid:\t{launcher}\n" in (process / "status").read_text()
+            if ours and f"\0LOCAL_RANK={rank}\0".encode() in (process / "environ").read_bytes():
+                return int(process.name)
     raise AssertionError(f"{launcher} has no rank {rank}")
 
 
