@@ -10,7 +10,7 @@ from hess_plugin.commands.demo import demo
 from hess_plugin.commands.evaluation import evaluate
 from hess_plugin.commands.models import plugins, sites
 from hess_plugin.commands.profiles import compare, show
-from hess_plugin.commands.scenes import convert
+from hess_plugin.commands.scenes import convert, formats
 from hess_plugin.terminal import Group
 
 
@@ -21,7 +21,7 @@ def main(verbose: bool) -> None:
     """Make VGGT-family models fast: calibrate once, patch, run, undo."""
 
 
-for _command in (calibrate, evaluate, show, compare, convert, sites, plugins, demo):
+for _command in (calibrate, evaluate, show, compare, convert, formats, sites, plugins, demo):
     main.add_command(_command)
 
 

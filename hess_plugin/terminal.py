@@ -62,7 +62,7 @@ def warn_random() -> None:
 
 def first_rank() -> bool:
     """Whether this process is the one that speaks, of those that torchrun started."""
-    from .calibration.ranks import launch
+    from .calibration.launch import launch
 
     return launch().rank == 0
 

@@ -298,3 +298,21 @@ def test_wrong_options_are_one_sentence_and_leave_nothing(
     Path("file").write_text("mine")
     assert_one_sentence(invoke(*(argument.format(data=data) for argument in arguments)), *words, code=code)
     assert [str(path) for path in Path().rglob("*")] == ["file"]
+
+
+def test_formats_lists_every_format_and_option() -> None:
+    from hess_plugin.scenes import FORMATS
+
+    result = CliRunner().invoke(main, ["formats"])
+    assert result.exit_code == 0
+    for name, form in FORMATS.items():
+        assert f"{name} " in result.output and all(f",{option}=" in result.output for option in form.options)
+
+
+def test_the_readme_names_every_format_and_option() -> None:
+    from hess_plugin.scenes import FORMATS
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name, form in FORMATS.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert form.layout in row and all(f"`{option}`" in row for option in form.options)

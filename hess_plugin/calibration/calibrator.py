@@ -81,7 +81,8 @@ def calibrate(
 
     Raises:
         CalibrationError: no scene gave a usable error, a trace is not finite, some scenes have a truth and others
-            none, or ``<output>.partial`` belongs to another calibration; another rank stopped, is gone, or was given something else.
+            none, or ``<output>.partial`` belongs to another calibration; another rank stopped, is gone, or was given
+            something else.
         SceneError: a scene is malformed.
         PatchError: the model is patched.
     """

@@ -98,8 +98,8 @@ def self_errors(
             )
         views = prediction.c2w.shape[0]
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(views, 7, generator=generator, dtype=torch.float64)
-        for_points, for_cameras = residuals(surface, drawn)
+        moves, shifts = displace(surface, torch.randn(views, 7, generator=generator, dtype=torch.float64))
+        for_points, for_cameras = take_out_similarity(surface, (moves * surface.normals).sum(-1), shifts)
         moved = ((surface.points - surface.points.detach()) * surface.normals.to(surface.points)).sum(-1)
         points = (moved / surface.unit + for_points.to(moved)).square().sum() / (2 * count)
         centres = at_least_float32(prediction.centres)
@@ -141,20 +141,33 @@ def predicted_surface(prediction: Prediction, *, seed: int, max_points: int | No
     )
 
 
-def residuals(surface: Surface, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left of a displacement of every view after alignment.
+def displace(surface: Surface, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Move every view by a similarity close to the identity, about its camera.
 
     Args:
         surface: the points.
         displacement: `[S, 7]` float64: shift, turn (a rotation vector) and relative growth of each view.
 
     Returns:
-        Residuals of the points along their normals `[n]` and of the camera centres `[S, 3]`, float64, in units.
+        What the points `[n, 3]` and the camera centres `[S, 3]` move by, float64, in units, to first order.
     """
     shift, turn, growth = displacement.split([3, 3, 1], dim=1)
     ray = surface.at - surface.centres[surface.views]
-    moved = shift[surface.views] + torch.linalg.cross(turn[surface.views], ray) + growth[surface.views] * ray
-    along = (moved * surface.normals).sum(-1)
+    moves = shift[surface.views] + torch.linalg.cross(turn[surface.views], ray) + growth[surface.views] * ray
+    return moves, shift
+
+
+def take_out_similarity(surface: Surface, along: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit one similarity to what points move by along their normals, and take it out of points and cameras.
+
+    Args:
+        surface: the points.
+        along: what each moves by along its normal, `[n]` float64.
+        shifts: what the camera centres move by, `[S, 3]` float64.
+
+    Returns:
+        What is left of both.
+    """
     origin = surface.at.mean(0)
     away = surface.at - origin
     # The normal's part of each of the seven fields that a similarity close to the identity can be.
@@ -164,7 +177,7 @@ def residuals(surface: Surface, displacement: Tensor) -> tuple[Tensor, Tensor]:
     common = torch.linalg.pinv(fields.mT @ fields, rtol=1e-9, hermitian=True) @ (fields.mT @ along)
     away = surface.centres - origin
     explained = common[:3] + torch.linalg.cross(common[3:6].expand_as(away), away) + common[6] * away
-    return along - fields @ common, shift - explained
+    return along - fields @ common, shifts - explained
 
 
 def _check(prediction: Prediction, name: str) -> None:

@@ -122,7 +122,7 @@ def _own_device(given: str) -> str:
     """The device meant by --device: of several processes that torchrun started on a machine, each takes a GPU."""
     import torch
 
-    from hess_plugin.calibration.ranks import launch
+    from hess_plugin.calibration.launch import launch
 
     if given == "auto":
         given = "cuda" if torch.cuda.is_available() else "cpu"

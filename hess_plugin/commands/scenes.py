@@ -103,3 +103,15 @@ def _is_finished(folder: Path, origin: dict[str, Any]) -> bool:
             f"Scene folder {folder} exists and is not what these options write; remove it or write elsewhere."
         )
     return True
+
+
+@click.command()
+def formats() -> None:
+    """List the formats of scenes that --data reads, and their options."""
+    from hess_plugin.scenes.reading import FORMATS
+
+    width = max(len(name) for name in FORMATS)
+    for name, form in FORMATS.items():
+        click.echo(f"{name:{width}}  {form.layout}")
+        for option, meaning in form.options.items():
+            click.echo(f"{'':{width}}  ,{option}=...  {meaning}")

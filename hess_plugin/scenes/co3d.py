@@ -26,6 +26,7 @@ from torch import Tensor
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes.clouds import read_cloud
 from hess_plugin.scenes.co3d_frames import Frame
+from hess_plugin.scenes.co3d_lists import read_sequences, read_set_list, sequence_name, viewpoint_quality
 from hess_plugin.scenes.co3d_records import read_records
 from hess_plugin.scenes.sources import SceneSource, View
 
@@ -137,11 +138,11 @@ def _categories(root: Path, wanted: str | None) -> list[Path]:
 
 
 def _category(folder: Path, rules: _Rules, out: Counter[str]) -> list[SceneSource]:
-    list_file, wanted = _set_list(folder, rules)
-    known = _sequences(folder / SEQUENCES)
+    list_file, wanted = read_set_list(folder, rules.subset, rules.split)
+    known = read_sequences(folder / SEQUENCES)
     good = {}
     for name, numbers in wanted.items():
-        score = _score(folder / SEQUENCES, known, name)
+        score = viewpoint_quality(folder / SEQUENCES, known, name)
         if rules.quality is not None and not score > rules.quality:
             out["quality"] += 1
         elif len(numbers) < rules.frames:
@@ -160,66 +161,12 @@ def _category(folder: Path, rules: _Rules, out: Counter[str]) -> list[SceneSourc
     return sources
 
 
-def _set_list(folder: Path, rules: _Rules) -> tuple[Path, dict[str, dict[int, str]]]:
-    """The file, and by sequence the numbers of the frames wanted with their image files."""
-    lists = folder / "set_lists"
-    path = lists / f"set_lists_{rules.subset}.json"
-    if not path.is_file():
-        others = sorted(file.stem.removeprefix("set_lists_") for file in lists.glob("set_lists_*.json"))
-        has = f"it has: {', '.join(others)}" if others else "it has none"
-        raise SceneError(f"CO3D category {folder} has no set list {rules.subset!r}, {has}; choose one with subset=.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SceneError(f"CO3D file {path} is not JSON ({error}); download it again.") from error
-    if not isinstance(record, dict):
-        raise SceneError(f"CO3D file {path} is a {type(record).__name__}, lists by split were wanted.")
-    splits = sorted(record) if rules.split == "all" else [rules.split]
-    wanted: dict[str, dict[int, str]] = {}
-    for split in splits:
-        if split not in record:
-            raise SceneError(
-                f"CO3D file {path} has no split {split!r}; it has: {', '.join(record)}, and all of them: all."
-            )
-        if not isinstance(record[split], list):
-            raise SceneError(f"CO3D file {path}: {split} is not a list of frames.")
-        for entry in record[split]:
-            if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
-                raise SceneError(f"CO3D file {path}: {split} has {entry!r}, [sequence, frame, image] was wanted.")
-            wanted.setdefault(entry[0], {})[entry[1]] = entry[2]
-    return path, wanted
-
-
-def _sequences(path: Path) -> dict[str, dict[str, Any]]:
-    """What is used of the sequence records, by sequence."""
-    used = ("viewpoint_quality_score", "point_cloud")
-    return {_sequence_name(path, record): {key: record.get(key) for key in used} for record, _ in read_records(path)}
-
-
-def _sequence_name(path: Path, record: Mapping[str, Any]) -> str:
-    name = record.get("sequence_name")
-    if not isinstance(name, str):
-        raise SceneError(f"CO3D file {path}: sequence_name of a record is {name!r}, a name was wanted.")
-    return name
-
-
-def _score(path: Path, known: Mapping[str, Mapping[str, Any]], name: str) -> float:
-    if name not in known:
-        raise SceneError(f"CO3D file {path} has no sequence {name}, the set lists name it; download the two again.")
-    score = known[name]["viewpoint_quality_score"]
-    if score is None:
-        return math.nan  # not rated: above no bound
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise SceneError(f"CO3D file {path}: viewpoint_quality_score of {name} is {score!r}, a number was wanted.")
-    return float(score)
-
-
 def _frames_of(path: Path, good: Mapping[str, Mapping[int, str]]) -> tuple[dict[str, dict[int, str]], set[str]]:
     """By sequence the text of the wanted frames' records, and the sequences with a camera out of all range."""
     frames: dict[str, dict[int, str]] = {name: {} for name in good}
     far = set()
     for record, text in read_records(path):
-        name, number = _sequence_name(path, record), record.get("frame_number")
+        name, number = sequence_name(path, record), record.get("frame_number")
         if name not in good or not isinstance(number, int) or number not in good[name]:
             continue
         frames[name][number] = text

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hess_plugin import HessError, Profile, Scene, calibrate
-from hess_plugin.calibration.ranks import Launch, RankLost, Ranks, RankStopped, launch, launched
+from hess_plugin.calibration.launch import Launch, launch
+from hess_plugin.calibration.ranks import RankLost, Ranks, RankStopped, launched
 from hess_plugin.calibration.record import Findings
 from hess_plugin.cli import main
 from hess_plugin.commands import options
