@@ -117,3 +117,16 @@ def progress_bars(shown: bool = True) -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total, what=what)
 
         yield note
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on standard error that something takes its time; silent when that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

@@ -17,6 +17,7 @@ from hess_plugin.demo.run import DemoSettings, run_demo
 from hess_plugin.files import check_writable
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scenes.writing import write_folder
+from hess_plugin.terminal import waiting
 
 
 @pytest.mark.parametrize("where", ["file/x.hess", "folder", "file/deep/x.hess"])
@@ -94,3 +95,17 @@ def test_a_new_demo_leaves_no_results_of_an_old_one(tmp_path: Path) -> None:
         run_demo(tmp_path, DemoSettings(calibration=1, test=2, views=4), stop)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.hess", "heads.png"]
     assert torch.get_num_threads() == threads
+
+
+def test_waiting_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with waiting("looking for scenes"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_waiting_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with waiting("looking for scenes"):
+        pass
+    assert "looking for scenes" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hess_plugin.terminal import warn_random
+from hess_plugin.terminal import waiting, warn_random
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,8 @@ def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) ->
     from hess_plugin.scenes.reading import read_scenes
 
     # Scenes first: a wrong path is told before a model of a billion weights is read.
-    found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
+    with waiting("looking for scenes"):
+        found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
     model = load(name, weights, options)
     manager = get_plugin_manager()
     framing = resolve_adapter(model, options["adapter"], manager).family(model).framing
@@ -112,7 +113,8 @@ def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
         torch.ones(1, device=chosen).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
-    model = load_model(name, weights, device=chosen, dtype=torch.float32)
+    with waiting(f"loading {name}"):
+        model = load_model(name, weights, device=chosen, dtype=torch.float32)
     if weights == "random":
         warn_random()
     return model

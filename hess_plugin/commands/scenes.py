@@ -89,7 +89,7 @@ def _folder_names(names: Sequence[str]) -> list[str]:
 
 def _is_finished(folder: Path, origin: dict[str, Any]) -> bool:
     """Whether this very command wrote the scene before; a folder of anything else is left alone."""
-    from hess_plugin.scenes.folder import CAMERAS
+    from hess_plugin.scenes.formats.folder import CAMERAS
 
     if not folder.exists():
         return False

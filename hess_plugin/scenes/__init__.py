@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hess_plugin.framing import Framing
-from hess_plugin.scenes.folder import find_folders, read_folder
+from hess_plugin.scenes.formats.folder import find_folders, read_folder
 from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.reading import FORMATS, LazyScenes, SceneFormat, read_scenes
 from hess_plugin.scenes.scene import Scene

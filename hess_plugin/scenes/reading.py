@@ -11,9 +11,9 @@ from typing import overload
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.framing import Framing
-from hess_plugin.scenes import co3d, colmap, eth3d, mvsnet, photos, seven_scenes, tum
 from hess_plugin.scenes.choice import choose
-from hess_plugin.scenes.folder import find_sources as find_folder_sources
+from hess_plugin.scenes.formats import co3d, colmap, eth3d, mvsnet, photos, seven_scenes, tum
+from hess_plugin.scenes.formats.folder import find_sources as find_folder_sources
 from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scenes.sources import SceneSource

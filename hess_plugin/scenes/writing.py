@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes.clouds import write_cloud
-from hess_plugin.scenes.folder import CAMERAS, CLOUD, FORMAT
+from hess_plugin.scenes.formats.folder import CAMERAS, CLOUD, FORMAT
 from hess_plugin.scenes.images import write_depth, write_image
 from hess_plugin.scenes.scene import Scene
 

@@ -15,7 +15,7 @@ from hess_plugin.demo.raycast import cast
 from hess_plugin.demo.rooms import _sample_room, render_room
 from hess_plugin.geometry import invert_rigid, quaternion_to_matrix
 from hess_plugin.scenes import Scene
-from hess_plugin.scenes.distortion import Lens
+from hess_plugin.scenes.formats.distortion import Lens
 
 MakeScene = Callable[..., Scene]
 

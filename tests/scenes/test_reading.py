@@ -8,7 +8,7 @@ import torch
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes import Scene, read_scenes, write_folder
-from hess_plugin.scenes import folder as folder_format
+from hess_plugin.scenes.formats import folder as folder_format
 
 MakeScene = Callable[..., Scene]
 

@@ -15,8 +15,8 @@ from PIL import Image
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid, project
 from hess_plugin.scenes import Framing, Scene, read_scenes
-from hess_plugin.scenes.colmap_model import registered_images
-from hess_plugin.scenes.distortion import Lens
+from hess_plugin.scenes.formats.colmap_model import registered_images
+from hess_plugin.scenes.formats.distortion import Lens
 
 LENSES = {
     "OPENCV": (150.0, 152.0, 82.0, 59.0, -0.15, 0.04, 0.002, -0.003),

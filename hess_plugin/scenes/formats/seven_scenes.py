@@ -36,10 +36,10 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid, quaternion_to_matrix
+from hess_plugin.scenes.formats.splatting import reproject_depth
+from hess_plugin.scenes.formats.textfiles import read_lines, read_sized_image, scene_folders, to_numbers, to_pose
 from hess_plugin.scenes.images import read_depth
 from hess_plugin.scenes.sources import SceneSource, View
-from hess_plugin.scenes.splatting import reproject_depth
-from hess_plugin.scenes.textfiles import read_lines, read_sized_image, scene_folders, to_numbers, to_pose
 
 HEIGHT, WIDTH = 480, 640
 DEPTH_FOCAL, COLOUR_FOCAL = 585.0, 525.0

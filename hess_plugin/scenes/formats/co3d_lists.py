@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hess_plugin.exceptions import SceneError
-from hess_plugin.scenes.co3d_records import read_records
+from hess_plugin.scenes.formats.co3d_records import read_records
 
 SetList = dict[str, dict[int, str]]
 """By sequence and frame number the image file, relative to the dataset's folder."""

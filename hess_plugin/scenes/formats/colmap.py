@@ -16,10 +16,10 @@ from pathlib import Path
 from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
-from hess_plugin.scenes.colmap_model import has_points, is_model, registered_images, triangulated_points
-from hess_plugin.scenes.distortion import Lens, undistort_image
+from hess_plugin.scenes.formats.colmap_model import has_points, is_model, registered_images, triangulated_points
+from hess_plugin.scenes.formats.distortion import Lens, undistort_image
+from hess_plugin.scenes.formats.textfiles import read_sized_image, scene_folders
 from hess_plugin.scenes.sources import SceneSource, View
-from hess_plugin.scenes.textfiles import read_sized_image, scene_folders
 
 OPTIONS = {
     "images": "folder of the images, relative to the scene (images)",

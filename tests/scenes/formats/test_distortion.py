@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hess_plugin.exceptions import MissingDependency, SceneError
-from hess_plugin.scenes.distortion import Lens, Pinhole, undistort_depth, undistort_image
+from hess_plugin.scenes.formats.distortion import Lens, Pinhole, undistort_depth, undistort_image
 
 LENSES = {
     "SIMPLE_RADIAL": (50.0, 30.0, 22.0, 0.1),

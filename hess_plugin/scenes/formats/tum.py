@@ -25,10 +25,10 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import quaternion_to_matrix
-from hess_plugin.scenes.distortion import Lens, undistort_depth, undistort_image
+from hess_plugin.scenes.formats.distortion import Lens, undistort_depth, undistort_image
+from hess_plugin.scenes.formats.textfiles import read_lines, read_sized_image, scene_folders, to_numbers
 from hess_plugin.scenes.images import read_depth
 from hess_plugin.scenes.sources import SceneSource, View
-from hess_plugin.scenes.textfiles import read_lines, read_sized_image, scene_folders, to_numbers
 
 WIDTH, HEIGHT = 640, 480
 DEPTH_UNIT = 1 / 5000

@@ -18,7 +18,7 @@ from PIL import Image
 from hess_plugin.exceptions import MissingDependency, SceneError
 from hess_plugin.scenes import Scene, read_scenes
 from hess_plugin.scenes.clouds import write_cloud
-from hess_plugin.scenes.dtu import DtuVolume, read_volume
+from hess_plugin.scenes.formats.dtu import DtuVolume, read_volume
 
 CAMERA = "extrinsic\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n\nintrinsic\n9 0 8\n0 9 6\n0 0 1\n\n425.0 2.5\n"
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from hess_plugin.demo.rooms import make_scene
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import project, quaternion_to_matrix
-from hess_plugin.scenes import Scene, co3d_frames, co3d_records, read_scenes
+from hess_plugin.scenes import Scene, read_scenes
 from hess_plugin.scenes.clouds import write_cloud
-from hess_plugin.scenes.co3d_frames import Frame, read_depth
-from hess_plugin.scenes.co3d_records import read_records
+from hess_plugin.scenes.formats import co3d_frames, co3d_records
+from hess_plugin.scenes.formats.co3d_frames import Frame, read_depth
+from hess_plugin.scenes.formats.co3d_records import read_records
 
 SCALE = 0.9381256699562073
 SEQUENCE = "110_13051_23361"

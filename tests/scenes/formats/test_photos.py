@@ -14,8 +14,8 @@ from PIL import Image
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes import Framing, ImageSet, Scene, read_folder, read_scenes, write_folder
+from hess_plugin.scenes.formats.photos import SUFFIXES, natural
 from hess_plugin.scenes.images import read_image
-from hess_plugin.scenes.photos import SUFFIXES, natural
 
 MakeScene = Callable[..., Scene]
 

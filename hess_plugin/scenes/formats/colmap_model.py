@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid
-from hess_plugin.scenes.distortion import Lens, import_pycolmap
+from hess_plugin.scenes.formats.distortion import Lens, import_pycolmap
 
 FILES = ("cameras", "images", "points3D")
 

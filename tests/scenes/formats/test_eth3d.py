@@ -14,8 +14,8 @@ from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import project
 from hess_plugin.scenes import Scene, read_scenes, write_folder
 from hess_plugin.scenes.clouds import write_cloud
-from hess_plugin.scenes.distortion import Lens
-from hess_plugin.scenes.eth3d import read_scans
+from hess_plugin.scenes.formats.distortion import Lens
+from hess_plugin.scenes.formats.eth3d import read_scans
 
 HEIGHT, WIDTH = 120, 160
 FISHEYE = Lens(

@@ -16,8 +16,8 @@ from PIL import Image
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid
 from hess_plugin.scenes import Scene, read_scenes
-from hess_plugin.scenes.seven_scenes import COLOUR_FROM_DEPTH, HEIGHT, WIDTH
-from hess_plugin.scenes.splatting import reproject_depth
+from hess_plugin.scenes.formats.seven_scenes import COLOUR_FROM_DEPTH, HEIGHT, WIDTH
+from hess_plugin.scenes.formats.splatting import reproject_depth
 
 COLOUR_TO_DEPTH = invert_rigid(torch.tensor(COLOUR_FROM_DEPTH, dtype=torch.float64))
 

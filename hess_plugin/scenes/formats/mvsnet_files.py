@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid
+from hess_plugin.scenes.formats.textfiles import read_lines, to_numbers, to_pose
 from hess_plugin.scenes.images import read_mask, read_reals
-from hess_plugin.scenes.textfiles import read_lines, to_numbers, to_pose
 
 SCALES = (1, 2, 4)
 """How many times larger than the map that the intrinsics are of the image may be."""

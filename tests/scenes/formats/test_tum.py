@@ -15,8 +15,8 @@ from PIL import Image
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes import Scene, read_scenes
-from hess_plugin.scenes.distortion import Lens
-from hess_plugin.scenes.tum import FARTHEST, nearest_in_time
+from hess_plugin.scenes.formats.distortion import Lens
+from hess_plugin.scenes.formats.tum import FARTHEST, nearest_in_time
 
 LENSES = {
     "freiburg1": (517.3, 516.5, 318.6, 255.3, 0.2624, -0.9531, -0.0054, 0.0026, 1.1633),

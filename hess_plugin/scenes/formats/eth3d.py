@@ -25,11 +25,11 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes.clouds import read_cloud
-from hess_plugin.scenes.colmap import read_undistorted
-from hess_plugin.scenes.colmap_model import is_model, registered_images
-from hess_plugin.scenes.distortion import Lens, Pinhole, undistort_depth
+from hess_plugin.scenes.formats.colmap import read_undistorted
+from hess_plugin.scenes.formats.colmap_model import is_model, registered_images
+from hess_plugin.scenes.formats.distortion import Lens, Pinhole, undistort_depth
+from hess_plugin.scenes.formats.textfiles import scene_folders, to_numbers, to_pose
 from hess_plugin.scenes.sources import SceneSource, View
-from hess_plugin.scenes.textfiles import scene_folders, to_numbers, to_pose
 
 DISTORTED, UNDISTORTED = "dslr_calibration_jpg", "dslr_calibration_undistorted"
 DEPTH = "ground_truth_depth"

@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 from hess_plugin.calibration.neighbours import CloudIndex
 from hess_plugin.scenes import Framing, Scene, View, read_scenes
-from hess_plugin.scenes.co3d_frames import Frame
+from hess_plugin.scenes.formats.co3d_frames import Frame
 from hess_plugin.scenes.images import read_image
 
 HALF = 7

@@ -16,8 +16,8 @@ from PIL import Image
 from hess_plugin.exceptions import SceneError
 from hess_plugin.geometry import invert_rigid
 from hess_plugin.scenes import Scene, read_scenes
-from hess_plugin.scenes.dtu import TEST_SCANS
-from hess_plugin.scenes.mvsnet_files import read_camera, read_map, read_pairs
+from hess_plugin.scenes.formats.dtu import TEST_SCANS
+from hess_plugin.scenes.formats.mvsnet_files import read_camera, read_map, read_pairs
 
 HEIGHT, WIDTH = 120, 160
 K = torch.tensor([[150.0, 0.0, 82.0], [0.0, 152.0, 58.0], [0.0, 0.0, 1.0]], dtype=torch.float64)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
 from hess_plugin.scenes.clouds import read_cloud
-from hess_plugin.scenes.co3d_frames import Frame
-from hess_plugin.scenes.co3d_lists import read_sequences, read_set_list, sequence_name, viewpoint_quality
-from hess_plugin.scenes.co3d_records import read_records
+from hess_plugin.scenes.formats.co3d_frames import Frame
+from hess_plugin.scenes.formats.co3d_lists import read_sequences, read_set_list, sequence_name, viewpoint_quality
+from hess_plugin.scenes.formats.co3d_records import read_records
 from hess_plugin.scenes.sources import SceneSource, View
 
 FRAMES = "frame_annotations.jgz"

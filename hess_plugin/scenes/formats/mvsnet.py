@@ -12,7 +12,7 @@ Training form, DTU only, light L of 0 to 6:
     Depths_raw/scan<N>/depth_map_0000.pfm, depth_visual_0000.png    or Depths/scan<N>_train, of a quarter the size
 
 DTU is in millimetres. Where the root, or the folder given as ``truth``, holds DTU's reference points, they are the
-cloud; see `hess_plugin.scenes.dtu`.
+cloud; see `hess_plugin.scenes.formats.dtu`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pathlib import Path
 from torch import Tensor
 
 from hess_plugin.exceptions import SceneError
-from hess_plugin.scenes.dtu import TEST_SCANS, read_truth, truth_cloud
+from hess_plugin.scenes.formats.dtu import TEST_SCANS, read_truth, truth_cloud
+from hess_plugin.scenes.formats.mvsnet_files import SCALES, read_camera, read_map, read_pairs
+from hess_plugin.scenes.formats.textfiles import scene_folders
 from hess_plugin.scenes.images import image_size, read_image
-from hess_plugin.scenes.mvsnet_files import SCALES, read_camera, read_map, read_pairs
 from hess_plugin.scenes.sources import SceneSource, View
-from hess_plugin.scenes.textfiles import scene_folders
 
 OPTIONS = {
     "light": "of the training form, 0 to 6 (3)",

@@ -1,0 +1,1 @@
+"""Readers of scenes, one format each; `hess_plugin.scenes.reading` lists them."""
