@@ -129,11 +129,11 @@ def _fake_copy(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> 
     """Copy a model with fake parameters and buffers: nothing of its size is allocated, its caches stay its own."""
     memo: dict[int, Any] = {}
     with fake:
-        for tensor in model.parameters():
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False)
-        for tensor in model.buffers():
-            memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for weight in model.parameters():
+            empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            memo[id(weight)] = nn.Parameter(empty, requires_grad=False)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return copy.deepcopy(model, memo)
 
 

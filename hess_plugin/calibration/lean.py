@@ -68,13 +68,13 @@ def _replace_forward(
     """Wrap the forward of this one module: hooks, state and class stay as they are."""
     own = module.__dict__.get("forward")  # some tools put a forward on the instance, which is then the one to wrap
     wrapped = wrap(module.forward)
-    module.forward = types.MethodType(lambda _, *args, **kwargs: wrapped(*args, **kwargs), module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(lambda _, *args, **kwargs: wrapped(*args, **kwargs), module)
 
     def restore() -> None:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
     undo.callback(restore)
 

@@ -24,6 +24,8 @@ def rehearse(
     protocol: Protocol,
     adapter: str | None = None,
     manager: pluggy.PluginManager | None = None,
+    *,
+    processes: int = 1,
 ) -> str:
     """Tell what calibrating would take; the first scene is read, and a small forward is run for its time.
 
@@ -33,6 +35,7 @@ def rehearse(
         protocol: how they would be measured.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
+        processes: how many would share the scenes.
 
     Raises:
         CalibrationError: the model cannot be run without values.
@@ -57,8 +60,10 @@ def rehearse(
     if available is not None:
         lines.append(f"available: {describe(available)}{_verdict(found, available)}")
     seconds = found.seconds or 0.0
+    rounds = -(-len(scenes) // processes)
+    shared = "" if processes == 1 else f" with {processes} processes"
     lines.append(
-        f"time: about {_duration(seconds)} a scene, {_duration(seconds * len(scenes))} in all "
+        f"time: about {_duration(seconds)} a scene, {_duration(seconds * rounds)} in all{shared} "
         f"({found.flops / 1e12:.3g} TFLOP a scene, at the speed of a small forward; reading and alignment come on top)"
     )
     return "\n".join(lines)

@@ -101,7 +101,7 @@ def _calibrate(
             protocol = Protocol(
                 eps=options["eps"], autocast=autocast, memory=options["memory"], target=options["target"]
             )
-            click.echo(rehearse(loaded, found, protocol, options["adapter"], manager))
+            click.echo(rehearse(loaded, found, protocol, options["adapter"], manager, processes=ranks.size))
         return
     with progress_bars(shown=ranks.rank == 0) as note:
         profile = hess_plugin.calibrate(

@@ -98,6 +98,8 @@ def test_the_rehearsal_says_what_it_takes_and_what_is_too_much(
     assert "available: 0 MB: NOT ENOUGH; use fewer --views" in rehearse(tiny_model, scenes, Protocol())
     plain = rehearse(tiny_model, scenes, replace(Protocol(), memory="plain"))
     assert "without" not in plain and "memory plain" in plain
+    shared = rehearse(tiny_model, scenes * 2, Protocol(), processes=3)
+    assert "in all with 3 processes" in shared
 
 
 @pytest.mark.parametrize("size, text", [(0, "0 MB"), (23_400_000, "23 MB"), (13_360_000_000, "13.4 GB")])
