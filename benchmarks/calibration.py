@@ -5,7 +5,8 @@
 Sections (all by default, `--only` chooses):
 
 lean        `memory="lean"` beside `"plain"` on the demo model and, where their code is importable (or named by
-            `--repo`), on VGGT and Pi3 cut down to two or four layers with random weights: bytes of tensors alive at
+            `--repo`), on VGGT and Pi3 cut down to two or four layers (and two of the
+            image encoder) with random weights: bytes of tensors alive at
             once in a real run (weights left out), seconds of a scene as the median ratio of alternating runs, scenes a
             minute, largest difference of a trace relative to the largest trace.
 size        VGGT-1B and Pi3 at full size, run on tensors without values: weights and what else is alive at once, in
@@ -296,7 +297,8 @@ def _small_models() -> Iterator[tuple[str, nn.Module, Scene, float]]:
     for name, build in _full_models():
         model = build()
         if name == "vggt":
-            for blocks in (model.aggregator.frame_blocks, model.aggregator.global_blocks):
+            encoder = model.aggregator.patch_embed
+            for blocks in (model.aggregator.frame_blocks, model.aggregator.global_blocks, encoder.blocks):
                 del blocks[2:]
             model.aggregator.depth = model.aggregator.aa_block_num = 2
             for head in (model.point_head, model.depth_head):
@@ -304,7 +306,7 @@ def _small_models() -> Iterator[tuple[str, nn.Module, Scene, float]]:
             if hasattr(model.aggregator, "cached_layer_indices"):
                 model.aggregator.cached_layer_indices = {0, 1}
         else:
-            del model.decoder[4:]
+            del model.decoder[4:], model.encoder.blocks[2:]
         yield f"{name}, {len(resolve_adapter(model).sites(model))} sites", model, _plane(4, 112, 154), ANY_DISTANCE
 
 

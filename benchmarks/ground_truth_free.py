@@ -3,13 +3,13 @@
     python benchmarks/ground_truth_free.py --write benchmarks/results/ground_truth_free.md
 
 Protocol: synthetic rooms, their truth hidden from every way but the first. A way scores all heads (camera weight 0.5)
-from `--rooms` calibration rooms; its scores are compared with those of the ground truth on the same rooms: rank
-correlation and shared top quarter of the heads of a layer, share of the budget that moves, each a mean over layers. The
-± of a correlation is its standard deviation over random halves of the rooms, both scored on the same half. The first
-row compares ground truth with ground truth on other rooms. The ways that draw or perturb are tried with residuals in
-all directions and, as the kept one has them, along the normal of the predicted surface only. Ways were chosen on these
-rooms, so the second table repeats it on rooms that no choice was made on. The last table patches the model by the
-profiles on test rooms, every budget equal, differences paired by room, with standard errors.
+from `--rooms` calibration rooms, and every score is held against that of ground truth on as many other rooms: rank
+correlation (Spearman) and shared top quarter of the heads of a layer, share of the budget that moves, each a mean over
+layers. So the row of ground truth itself is what agreement between rooms can be. ± is the standard deviation over
+bootstrap draws of both sets of rooms; differences are paired, within the draw. The ways that draw or perturb are tried
+with residuals in all directions and, as the kept one has them, along the normals of the predicted surface only. The
+second table exchanges the two sets of rooms: nothing was chosen on those that it scores. The last table patches the
+model by the profiles on test rooms, every budget equal, differences paired by room, with standard errors.
 
 Seconds are medians over rooms, of the query traces alone. The ways that draw take one forward and two backward passes
 like ground truth, whose alignment weighs much beside a model this small; those that perturb take one forward more;
@@ -49,6 +49,7 @@ from hess_plugin.scoring import ERROR_NAMES
 from hess_plugin.sites import PROJECTIONS
 
 TRUTH, KEPT, REMOVAL = "ground truth", "views displaced, along normals (kept)", "heads sparsified one by one"
+BOOTSTRAP = 200
 CONFIRM_FROM = 64  # calibration rooms before this one were looked at while choosing
 OUTCOMES = (TRUTH, KEPT, "white noise", "white noise, along normals", "half of the views, along normals", REMOVAL)
 
@@ -172,26 +173,32 @@ def remove_blocks(bench: Bench, room: Scene, ways: dict[str, Way]) -> None:
 # ---------------------------------------------------------------- tables
 
 
-def agreement(ways: dict[str, Way], seed: int) -> list[str]:
-    """Every way against ground truth on the same rooms; ground truth against itself on other rooms first."""
-    rooms = list(range(len(ways[TRUTH].traces)))
+def agreement(ways: dict[str, Way], reference: Way, seed: int) -> list[str]:
+    """Every way against ground truth on other rooms, the closest first."""
+    here, there = len(ways[TRUTH].traces), len(reference.traces)
+    wanted = reference.shares(range(there))
     generator = torch.Generator().manual_seed(seed)
-    halves = [torch.randperm(len(rooms), generator=generator).split(len(rooms) // 2)[:2] for _ in range(100)]
-    lines = [
-        "| way | camera | points | mixed | top 2 of 8, mixed | budget moved, mixed | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    across = [compared(*(ways[TRUTH].shares(half.tolist()) for half in pair)) for pair in halves]
+    draws: dict[str, list[Tensor]] = {name: [] for name in ways}
+    for _ in range(BOOTSTRAP):
+        mine, others = (torch.randint(n, (n,), generator=generator).tolist() for n in (here, there))
+        drawn_reference = reference.shares(others)
+        for name, way in ways.items():
+            draws[name].append(compared(way.shares(mine), drawn_reference))
+    values = {name: compared(way.shares(range(here)), wanted) for name, way in ways.items()}
     found = []
     for name, way in ways.items():
-        whole = compared(way.shares(rooms), ways[TRUTH].shares(rooms))
-        spread = [compared(way.shares(h.tolist()), ways[TRUTH].shares(h.tolist())) for pair in halves for h in pair]
-        seconds = f"{statistics.median(way.seconds):.2f}"
-        if name == TRUTH:
-            lines.append(row("ground truth, halves of the rooms", torch.stack(across).mean(0), across, seconds))
-        else:
-            found.append((float(whole[0, 2]), row(name, whole, spread, seconds)))
-    return lines + [line for _, line in sorted(found, key=lambda f: -f[0])]
+        value, drawn_values = values[name], torch.stack(draws[name])
+        sd, gap = drawn_values.std(0), (value - values[KEPT])[0, 2]
+        gap_sd = (drawn_values - torch.stack(draws[KEPT]))[:, 0, 2].std()
+        cells = [f"{value[0, i]:.2f} ± {sd[0, i]:.2f}" for i in range(3)]
+        cells += ["" if name == KEPT else f"{gap:+.2f} ± {gap_sd:.2f}"]
+        cells += [f"{value[1, 2]:.2f}", f"{value[2, 2]:.3f} ± {sd[2, 2]:.3f}", f"{statistics.median(way.seconds):.2f}"]
+        found.append((float(value[0, 2]), f"| {name} | {' | '.join(cells)} |"))
+    return [
+        "| way | camera | points | mixed | mixed - kept | top 2 of 8 | budget moved | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        *(line for _, line in sorted(found, key=lambda f: -f[0])),
+    ]
 
 
 def compared(one: Tensor, other: Tensor) -> Tensor:
@@ -199,12 +206,6 @@ def compared(one: Tensor, other: Tensor) -> Tensor:
     return torch.stack(
         [m.mean(-1) for m in (spearman(one, other), top_overlap(one, other, 2), total_variation(one, other))]
     )
-
-
-def row(name: str, value: Tensor, spread: list[Tensor], seconds: str) -> str:
-    sd = torch.stack(spread).std(0)
-    cells = [f"{value[0, i]:.2f} ± {sd[0, i]:.2f}" for i in range(3)]
-    return f"| {name} | {' | '.join(cells)} | {value[1, 2]:.2f} | {value[2, 2]:.3f} | {seconds} |"
 
 
 def few_rooms(ways: dict[str, Way], seed: int) -> list[str]:
@@ -264,7 +265,7 @@ def main() -> None:
     parser.add_argument("--rooms", type=int, default=32, help="calibration rooms, and as many to confirm on")
     parser.add_argument("--test", type=int, default=40, help="test rooms")
     parser.add_argument("--views", type=int, default=16, help="images of a room")
-    parser.add_argument("--seed", type=int, default=0, help="of random halves; residuals are seeded by the images")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; residuals are seeded by the images")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     args = parser.parse_args()
@@ -289,16 +290,16 @@ def main() -> None:
             "room; what each column is: the head of benchmarks/ground_truth_free.py.",
             f"Command: python benchmarks/ground_truth_free.py {' '.join(sys.argv[1:])}".rstrip(),
             "",
-            f"Rank correlation (Spearman) with the ground-truth scores, calibration rooms 0 to {args.rooms - 1}, "
-            "± over halves of the rooms; seconds of a room:",
+            f"Calibration rooms 0 to {args.rooms - 1} against the ground truth of rooms {CONFIRM_FROM} to {last}: rank "
+            "correlation of cameras, points and both; top and moved budget of both; seconds a room:",
             "",
-            *agreement(ways, args.seed),
+            *agreement(ways, confirmed[TRUTH], args.seed),
             "",
-            f"The same on calibration rooms {CONFIRM_FROM} to {last}, on which nothing was chosen:",
+            f"Rooms {CONFIRM_FROM} to {last} against the ground truth of rooms 0 to {args.rooms - 1}:",
             "",
-            *agreement(confirmed, args.seed),
+            *agreement(confirmed, ways[TRUTH], args.seed),
             "",
-            "Rank correlation (mixed) of a few of these rooms with the ground-truth scores of all others, mean ± "
+            "A few of all these rooms against the ground truth of all others: rank correlation of both, mean ± "
             "standard deviation over 60 draws of rooms:",
             "",
             *few_rooms(both, args.seed),

@@ -89,10 +89,11 @@ def perturbed(
         with hess_plugin.patch(model, sparsity=sparsity, block_q=BLOCK, block_k=BLOCK):
             sparse = whole(predict(model, images))
         yield f"attention at sparsity {sparsity:g}", [sparse]
-    changed = copy.deepcopy(model)
-    for weight in changed.parameters():
-        weight += 0.1 * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
-    yield "weights changed by 10 %", [whole(predict(changed, images))]
+    for share in (0.03, 0.1):
+        changed = copy.deepcopy(model)
+        for weight in changed.parameters():
+            weight += share * weight.std(correction=0) * torch.randn(weight.shape, generator=generator)
+        yield f"weights changed by {100 * share:g} %", [whole(predict(changed, images))]
 
 
 def along_normals(surface: Surface, residual: Residual, longest: float | None = None) -> Residual:

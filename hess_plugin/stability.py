@@ -24,7 +24,7 @@ LEVEL = 0.95
 class Bootstrap:
     """What the scores would have been with other scenes, by drawing the same number of them with replacement.
 
-    Intervals of few scenes (below about ten) are too narrow: a resample cannot show what no scene has.
+    Intervals of few scenes are too narrow: a resample cannot show what no scene has.
 
     Attributes:
         scenes: scenes that the score rests on (see `scenes_behind`).

@@ -111,10 +111,10 @@ def calibrate(
             "target": target,
         }
         settings = {
+            **provenance,
             "adapter": chosen.name,
             "sites": [site.name for site in sites],
             "model_digest": "" if output is None and ranks.size == 1 else model_digest(model),
-            **provenance,
         }
         ranks.agree({**settings, "camera_weight": weight, **scene_names(scenes, ranks)})
         record = _open(path, settings, ranks)
@@ -199,6 +199,7 @@ def _provenance(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "device": parameter.device.type,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "versions": {
             "hess_plugin": __version__,
             "python": platform.python_version(),

@@ -35,7 +35,7 @@ class Estimate:
             GPU (one to two gigabytes together) come on top.
         flops: floating-point operations of the forward and both backward passes, recomputation included.
         seconds: time of a scene at the speed of one timed forward; alignment and reading come on top. None if
-            not timed.
+            not timed, or where the model takes no small images.
     """
 
     weights: int
@@ -77,11 +77,15 @@ def estimate(
     if not timed:
         return found
     side = adapter.family(model).framing.whole(min(_PROBE_PIXELS, height, width))
-    for count in (1, views):
-        flops = _fake_run(adapter, model, (count, side, side), protocol, backward=False).flops
-        if flops >= _PROBE_FLOPS:
-            break
-    return replace(found, seconds=found.flops * _seconds(adapter, model, (count, side, side), protocol) / max(1, flops))
+    try:
+        for count in (1, views):
+            flops = _fake_run(adapter, model, (count, side, side), protocol, backward=False).flops
+            if flops >= _PROBE_FLOPS:
+                break
+        seconds = _seconds(adapter, model, (count, side, side), protocol)
+    except (CalibrationError, RuntimeError, ValueError):  # a model of one size only, or of two views and more
+        return found
+    return replace(found, seconds=found.flops * seconds / max(1, flops))
 
 
 def _fake_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def lean(model: nn.Module, family: Family, sites: Sequence[Site], frames: int) -
         for name in _blocks(model, family, sites):
             _replace_forward(_module(model, name), _recomputed, undo)
         for name in family.frame_heads:
-            _replace_forward(_module(model, name), lambda forward: _one_by_one(forward, frames), undo)
+            _replace_forward(_module(model, name), functools.partial(_one_by_one, name=name, frames=frames), undo)
         for name in family.unused_heads:
             _leave_out(model, name, undo)
         yield
@@ -89,13 +90,18 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _one_by_one(forward: Callable[..., Any], frames: int) -> Callable[..., Any]:
+def _one_by_one(forward: Callable[..., Any], name: str, frames: int) -> Callable[..., Any]:
     """Run a head that treats frames alone on one frame after another and join its outputs along axis 1."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
+        if not any(_has_frames(leaf, frames) for leaf in leaves):
+            raise AdapterError(
+                f"{name} is named in Family.frame_heads and is called without a tensor [B, {frames}, ...]; name only heads "
+                "that are given all frames along axis 1."
+            )
         # One split for all frames: slicing would give every frame a gradient as large as that of all together.
         parts = [leaf.split(1, dim=1) if _has_frames(leaf, frames) else [leaf] * frames for leaf in leaves]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from hess_plugin.scenes.image_set import ImageSet, require_truth
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import PROJECTIONS, Site
 
-from .errors import EPS, Errors
+from .errors import EPS, MAX_CLOUD, Errors
 from .fisher import head_traces, only_sites_require_grad
 from .lean import lean
 from .patch_rows import Taps, taps
+from .sampling import subsample
 from .self_target import image_seed, self_errors
 
 MEMORY = ("lean", "plain")
@@ -110,7 +111,7 @@ class Measurer:
 
     def _measure(self, scene: Scene | ImageSet) -> Measured:
         device = self._weights[0].device
-        with self._memory(scene.views), torch.enable_grad():
+        with self._memory(scene.views), _no_autocast(device), torch.enable_grad():
             with self._autocast(device):
                 errors, facts = self._errors(scene, device)
             present = [(kind, error) for kind in ERROR_NAMES if (error := getattr(errors, kind)) is not None]
@@ -128,7 +129,7 @@ class Measurer:
 
     def rehearse(self, images: Tensor) -> None:
         """Go through a measurement without a scene, its errors replaced by sums: for counting what it takes."""
-        with self._memory(len(images)), torch.enable_grad():
+        with self._memory(len(images)), _no_autocast(images.device), torch.enable_grad():
             prediction = self.predict(images)
             self._traces([("camera", prediction.centres.square().sum()), ("points", prediction.points.square().sum())])
 
@@ -141,7 +142,10 @@ class Measurer:
             return errors, {**facts, "target": "self"}
         require_truth(scene, "calibrating against ground truth")
         assert isinstance(scene, Scene)
-        scene = scene.normalised().to(device)
+        scene = scene.normalised()
+        if scene.points is not None:  # a laser scan of tens of millions of points must not lie on the GPU whole
+            scene = replace(scene, points=subsample(scene.points, MAX_CLOUD, 0))
+        scene = scene.to(device)
         errors = self._adapter.compute_errors(self._model, scene, self._protocol.eps)
         return errors, {**facts, "scale": scene.scale, "target": "truth"}
 
@@ -181,6 +185,11 @@ def measuring(adapter: Adapter, model: nn.Module, sites: Sequence[Site], protoco
     # A caller under inference_mode gets its gradients all the same.
     with torch.inference_mode(False), only_sites_require_grad(model, sites), taps(adapter, model, sites) as found:
         yield Measurer(adapter, model, sites, protocol, found)
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keep a caller's autocast out: what is measured depends on what is recorded, nothing else."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _facts(errors: Errors, present: Sequence[tuple[str, Tensor]], target: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pluggy
 import torch
@@ -16,6 +16,8 @@ from hess_plugin.scenes.scene import Scene
 
 from .estimate import Estimate, describe, estimate
 from .measuring import Protocol
+
+GPU_CONTEXT = 2 * 10**9  # what a GPU's context and its allocator's fragmentation take, at most in practice
 
 
 def rehearse(
@@ -58,19 +60,21 @@ def rehearse(
         lines.append(f"without --memory lean: {describe(plain.total)}")
     available = _available(device)
     if available is not None:
-        lines.append(f"available: {describe(available)}{_verdict(found, available)}")
-    seconds = found.seconds or 0.0
+        lines.append(f"available: {describe(available)}{_verdict(found, available, device.type == 'cuda')}")
     rounds = -(-len(scenes) // processes)
     shared = "" if processes == 1 else f" with {processes} processes"
+    if found.seconds is None:
+        return "\n".join([*lines, f"time: unknown ({found.flops / 1e12:.3g} TFLOP a scene); a small forward failed"])
     lines.append(
-        f"time: about {_duration(seconds)} a scene, {_duration(seconds * rounds)} in all{shared} "
+        f"time: about {_duration(found.seconds)} a scene, {_duration(found.seconds * rounds)} in all{shared} "
         f"({found.flops / 1e12:.3g} TFLOP a scene, at the speed of a small forward; reading and alignment come on top)"
     )
     return "\n".join(lines)
 
 
-def _verdict(found: Estimate, available: int) -> str:
-    if found.activations < available:
+def _verdict(found: Estimate, available: int, on_gpu: bool) -> str:
+    beside = GPU_CONTEXT if on_gpu else 0
+    if found.activations + beside < available:
         return ""
     return ": NOT ENOUGH; use fewer --views, a smaller --resolution, or --autocast bfloat16"
 
@@ -79,9 +83,15 @@ def _available(device: torch.device) -> int | None:
     """Free memory of the device beside the model, which is on it already."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    # Not what is free: files that were read fill the rest, and make room.
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def _duration(seconds: float) -> str:

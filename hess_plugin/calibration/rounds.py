@@ -130,8 +130,8 @@ def _check_one_target(record: Record, places: Mapping[str, int]) -> None:
     if len(named) > 1:
         raise CalibrationError(
             f"{named['truth']} was measured against its ground truth and {named['self']}, which has none, against the "
-            "model's own prediction, and traces of the two cannot be averaged; give scenes of one kind, or choose the "
-            "target truth or self for all."
+            "model's own prediction, and traces of the two cannot be averaged; give scenes of one kind, or begin "
+            "another calibration with the target truth or self for all."
         )
 
 

@@ -129,3 +129,21 @@ def test_running_out_of_memory_ends_in_a_sentence_and_skips_no_scene(
     with pytest.raises(HessError, match=r"Scene .* \(4 views of 60 x 60\) does not fit .* fewer views") as raised:
         calibrate(tiny_model, [room], eps=1e6)
     assert not isinstance(raised.value, CalibrationError)
+
+
+def test_a_head_that_is_not_given_frames_is_told(tiny_model: TinyVGGT, room: Scene) -> None:
+    adapter = resolve_adapter(tiny_model)
+    family = replace(adapter.family(tiny_model), frame_heads=("aggregator.patch_embed",))
+    refused = pytest.raises(AdapterError, match=r"aggregator\.patch_embed .* without a tensor \[B, 4, \.\.\.\]")
+    with lean(tiny_model, family, adapter.sites(tiny_model), room.views), refused:
+        adapter.predict(tiny_model, room.images)
+
+
+@pytest.mark.parametrize("inside", [None, torch.bfloat16])
+def test_a_callers_autocast_stays_outside(demo: TinyVGGT, room: Scene, inside: torch.dtype | None) -> None:
+    adapter, protocol = resolve_adapter(demo), Protocol(eps=1e6, autocast=inside)
+    with measuring(adapter, demo, adapter.sites(demo), protocol) as measurer:
+        wanted = measurer.measure(room).traces
+        with torch.autocast("cpu", torch.bfloat16):
+            found = measurer.measure(room).traces
+    assert all(torch.equal(found[name], trace) for name, trace in wanted.items())
