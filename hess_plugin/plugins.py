@@ -74,11 +74,11 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
 
     Args:
         model: any module.
-        name: skip the claims and take the adapter of this name.
+        name: take the adapter of this name, where others claim the model as well.
         manager: plugin manager; a fresh one by default.
 
     Raises:
-        UnknownModel: no adapter claims the model, or none has this name.
+        UnknownModel: no adapter claims the model, none has this name, or the one that has it does not claim it.
         AmbiguousModel: two or more claim it.
     """
     if not isinstance(model, nn.Module):
@@ -88,6 +88,11 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
     if name is not None:
         if name not in known:
             raise UnknownModel(f"no adapter is called {name!r}; known: {', '.join(known)}.")
+        if not _claims(Adapter(name, manager), model):
+            raise UnknownModel(
+                f"adapter {name!r} does not claim {type(model).__name__}; leave the adapter out to have the one found "
+                "that does."
+            )
         return Adapter(name, manager)
     claims = [n for n in known if _claims(Adapter(n, manager), model)]
     kind = f"{type(model).__name__} ({type(model).__module__})"

@@ -99,8 +99,8 @@ def _one_by_one(forward: Callable[..., Any], name: str, frames: int) -> Callable
         leaves, structure = tree_flatten((args, kwargs))
         if not any(_has_frames(leaf, frames) for leaf in leaves):
             raise AdapterError(
-                f"{name} is named in Family.frame_heads and is called without a tensor [B, {frames}, ...]; name only heads "
-                "that are given all frames along axis 1."
+                f"{name} is named in Family.frame_heads and is called without a tensor [B, {frames}, ...]; name only "
+                "heads that are given all frames along axis 1."
             )
         # One split for all frames: slicing would give every frame a gradient as large as that of all together.
         parts = [leaf.split(1, dim=1) if _has_frames(leaf, frames) else [leaf] * frames for leaf in leaves]

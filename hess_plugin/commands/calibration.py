@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hess_plugin.files import check_writable
-from hess_plugin.terminal import first_rank, one_voice, progress_bars, warn_random
+from hess_plugin.terminal import first_rank, one_voice, progress_bars, waiting, warn_random
 
 from .options import OUTPUT, data_facts, data_options, model_and_scenes, model_options
 
@@ -65,7 +65,7 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
     A killed calibration goes on where it stopped: run the same command again.
 
     Several GPUs, or machines, share the scenes if torchrun starts the command, and write the same profile:
-    torchrun --nproc-per-node 8 -m hess_plugin.cli calibrate ...
+    torchrun --nproc-per-node 8 --no-python hess-patch calibrate ...
     """
     try:
         with one_voice() as ranks:
@@ -85,6 +85,12 @@ def _calibrate(
         raise click.UsageError(
             "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
         )
+    photos = {spec.partition(":")[0] == "images" for spec in options["data"]}
+    if options["target"] == "auto" and len(photos) > 1:
+        raise click.UsageError(
+            "--data names scenes with ground truth and images without, whose traces cannot be averaged; give one kind, "
+            "or --target self for all."
+        )
     if output is not None and ranks.rank == 0:
         check_writable(output)
     import torch
@@ -101,7 +107,9 @@ def _calibrate(
             protocol = Protocol(
                 eps=options["eps"], autocast=autocast, memory=options["memory"], target=options["target"]
             )
-            click.echo(rehearse(loaded, found, protocol, options["adapter"], manager, processes=ranks.size))
+            with waiting("estimating"):
+                text = rehearse(loaded, found, protocol, options["adapter"], manager, processes=ranks.size)
+            click.echo(text)
         return
     with progress_bars(shown=ranks.rank == 0) as note:
         profile = hess_plugin.calibrate(

@@ -86,6 +86,8 @@ def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) ->
     # Scenes first: a wrong path is told before a model of a billion weights is read.
     with waiting("looking for scenes"):
         found = read_scenes(options["data"], scenes=options["scenes"], views=options["views"], seed=options["seed"])
+    if options["scenes"] is not None and len(found) < options["scenes"]:
+        click.echo(f"Warning: {options['scenes']} scenes asked for, {len(found)} found.", err=True)
     model = load(name, weights, options)
     manager = get_plugin_manager()
     framing = resolve_adapter(model, options["adapter"], manager).family(model).framing

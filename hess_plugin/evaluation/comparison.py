@@ -23,7 +23,7 @@ from hess_plugin.files import write_bytes
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
-from hess_plugin.profiles import Profile
+from hess_plugin.profiles import Profile, weights_fingerprint
 from hess_plugin.scenes.image_set import require_truth
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import Scoring, head_scores
@@ -142,6 +142,9 @@ def compare(
     """
     _check_arms(arms, profile, Scoring(**{name: options[name] for name in _SCORE_OPTIONS if name in options}))
     chosen = resolve_adapter(model, adapter, manager)
+    if profile is not None and any(arm.allocation not in _WITHOUT_PROFILE for arm in arms):
+        sites = chosen.sites(model)  # told now, not after the first scene's other arms
+        profile.check(sites, weights_fingerprint(sites) if options.get("strict", True) else None)
     device = next(model.parameters()).device
     rows: list[Measurement] = []
     for index, scene in enumerate(scenes):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hess_plugin.scoring import Scoring, error_shares, head_scores
+from hess_plugin.scoring import ERROR_NAMES, Scoring, error_shares, head_scores
 from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
 from hess_plugin.verdict import judge
 
@@ -95,10 +95,17 @@ def profile_summary(
     return "\n".join(lines)
 
 
+def _lacking(profile: Profile) -> str:
+    """Say how many scenes have one error only: the verdict rests on the others."""
+    missing = {error: int(profile.scene_traces(error, "q").isnan().flatten(1).all(1).sum()) for error in ERROR_NAMES}
+    parts = [f"{number} without {error} error" for error, number in missing.items() if number]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def _provenance(profile: Profile) -> list[str]:
     lines = [
         f"adapter {profile.adapter}, {len(profile.sites)} sites of {profile.num_heads} heads, "
-        f"{len(profile.scenes)} scenes, camera weight {profile.camera_weight:g}",
+        f"{len(profile.scenes)} scenes{_lacking(profile)}, camera weight {profile.camera_weight:g}",
         f"weights fingerprint {profile.fingerprint}",
     ]
     for key, value in sorted(profile.metadata.items()):

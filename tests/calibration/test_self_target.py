@@ -288,6 +288,10 @@ def test_an_adapters_own_errors_need_truth_and_are_not_asked(tiny_model: TinyVGG
         vggt = resolve_adapter(TinyVGGT(), "vggt")
 
         @hookimpl
+        def hess_claim_model(self, model: nn.Module) -> bool:
+            return True
+
+        @hookimpl
         def hess_find_global_attention(self, model: nn.Module) -> Any:
             return self.vggt.sites(model)
 

@@ -38,6 +38,8 @@ def find_folders(root: str | Path) -> list[Path]:
         SceneError: when there is none.
     """
     root = Path(root)
+    if root.is_file():
+        raise SceneError(f"Scene folder {root} is a file; give the folder that holds it.")
     if not root.is_dir():
         raise SceneError(f"Scene folder {root} does not exist; give a folder that holds scenes.")
     if (root / CAMERAS).is_file():
