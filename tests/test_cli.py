@@ -370,3 +370,34 @@ def test_evaluate_refuses_a_score_without_a_profile(invoke: Invoke, data: str) -
 def test_evaluate_refuses_an_arm_before_it_runs(invoke: Invoke, data: str, wrong: tuple[str, ...], words: str) -> None:
     assert_one_sentence(invoke("evaluate", "--model", "demo", "--data", data, *wrong, "-o", "a.csv"), words)
     assert left_behind() == []
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "sites"])
+def test_an_adapter_that_does_not_claim_the_model_is_told(invoke: Invoke, data: str, command: str) -> None:
+    scenes = () if command == "sites" else ("--data", data)
+    output = ("-o", "a.hess") if command == "calibrate" else ()
+    result = invoke(command, "--model", "demo", "--adapter", "pi3", *scenes, *output)
+    assert_one_sentence(result, "adapter 'pi3' does not claim TinyVGGT", "leave the adapter out")
+
+
+def test_photographs_beside_scenes_are_refused_before_anything_is_measured(invoke: Invoke, data: str) -> None:
+    photos = data.replace("folder:", "images:") + "/scene0/images"
+    result = invoke("calibrate", "--model", "demo", "--data", data, "--data", photos, "-o", "a.hess")
+    assert_one_sentence(result, "cannot be averaged", "--target self", code=2)
+    assert not list(Path().iterdir())
+
+
+def test_fewer_scenes_than_asked_for_are_told(invoke: Invoke, data: str) -> None:
+    result = invoke("calibrate", "--model", "demo", "--data", data, "--scenes", "9", "--dry-run")
+    assert result.exit_code == 0 and "Warning: 9 scenes asked for, 2 found." in result.stderr
+
+
+def test_a_profile_of_other_weights_is_told_before_the_first_forward(
+    invoke: Invoke, data: str, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    replace(Profile.load(profile), fingerprint="0" * 16).save("other.hess")
+    monkeypatch.setattr("hess_plugin.evaluation.comparison._run", lambda *_: pytest.fail("it ran"))
+    result = invoke("evaluate", "--model", "demo", "--data", data, "--profile", "other.hess")
+    assert_one_sentence(result, "other weights", "--any-weights")
