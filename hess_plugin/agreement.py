@@ -177,6 +177,9 @@ def _notes(first: Profile, second: Profile, scoring: Scoring) -> tuple[str, ...]
         notes.append(
             f"Each is scored with its own camera weight ({weights[0]:g}, {weights[1]:g}); one can be given for both."
         )
+    targets = [profile.metadata.get("target") for profile in (first, second)]
+    if "self" in targets and targets[0] != targets[1]:
+        notes.append("One was calibrated without ground truth, against the model's own prediction.")
     shared = len(set(first.scenes) & set(second.scenes))
     if shared:
         named = f"{shared} scene names are" if shared > 1 else "1 scene name is"

@@ -85,7 +85,7 @@ def hess_compute_errors(model: nn.Module, scene: Scene, eps: float) -> Errors | 
 
     Called once a scene while calibrating; the scene is normalised, on the model's device, and `eps` is the
     inlier distance of the point error in its unit. None means the errors of HeSS, eq. 3 and 4, on the result
-    of `hess_predict`.
+    of `hess_predict`. Not called where the target is the model's own prediction.
     """
 
 

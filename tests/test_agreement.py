@@ -126,7 +126,10 @@ def test_what_differs_without_harm_is_noted() -> None:
     notes = " ".join(compare_profiles(first, other).notes)
     for words in (f"different weights ({'a' * 16}, {'b' * 16})", "own camera weight (0.5, 0.25)", "(vggt, mine)"):
         assert words in notes
-    assert "3 scene names are in both" in notes
+    assert "3 scene names are in both" in notes and "ground truth" not in notes
+    own = dataclasses.replace(first, metadata={**first.metadata, "target": "self"})
+    assert "calibrated without ground truth" in " ".join(compare_profiles(first, own).notes)
+    assert "ground truth" not in " ".join(compare_profiles(own, own).notes)
     assert "camera weight" not in " ".join(compare_profiles(first, other, Scoring(0.5)).notes)
 
 
