@@ -74,11 +74,11 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
 
     Args:
         model: any module.
-        name: take the adapter of this name, where others claim the model as well.
+        name: skip the claims and take the adapter of this name.
         manager: plugin manager; a fresh one by default.
 
     Raises:
-        UnknownModel: no adapter claims the model, none has this name, or the one that has it does not claim it.
+        UnknownModel: no adapter claims the model, or none has this name.
         AmbiguousModel: two or more claim it.
     """
     if not isinstance(model, nn.Module):
@@ -88,11 +88,6 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
     if name is not None:
         if name not in known:
             raise UnknownModel(f"no adapter is called {name!r}; known: {', '.join(known)}.")
-        if not _claims(Adapter(name, manager), model):
-            raise UnknownModel(
-                f"adapter {name!r} does not claim {type(model).__name__}; leave the adapter out to have the one found "
-                "that does."
-            )
         return Adapter(name, manager)
     claims = [n for n in known if _claims(Adapter(n, manager), model)]
     kind = f"{type(model).__name__} ({type(model).__module__})"
@@ -103,6 +98,21 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
             f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME (--adapter NAME)."
         )
     return Adapter(claims[0], manager)
+
+
+def require_claim(model: nn.Module, name: str, manager: pluggy.PluginManager | None = None) -> Adapter:
+    """Find the adapter of this name, which must claim the model: for names that a person typed.
+
+    Raises:
+        UnknownModel: no adapter has this name, or it does not claim the model.
+    """
+    adapter = resolve_adapter(model, name, manager)
+    if not _claims(adapter, model):
+        raise UnknownModel(
+            f"adapter {name!r} does not claim {type(model).__name__}; leave the adapter out to have the one found that "
+            "does."
+        )
+    return adapter
 
 
 def _claims(adapter: Adapter, model: nn.Module) -> bool:

@@ -7,17 +7,15 @@ from typing import Any
 
 import click
 
-from .options import load, model_options
+from .options import adapter_of, load, model_options
 
 
 @click.command()
 @model_options
 def sites(model: str, weights: str | None, **options: Any) -> None:
     """List the global-attention sites that an adapter finds in a model."""
-    from hess_plugin.plugins import resolve_adapter
-
     loaded = load(model, weights or ("random" if model != "demo" else None), options)
-    adapter = resolve_adapter(loaded, options["adapter"])
+    adapter = adapter_of(loaded, options)
     found = adapter.sites(loaded)
     family = adapter.family(loaded)
     framing, size = family.framing, family.framing.resolution or "their own"

@@ -15,6 +15,8 @@ from hess_plugin.terminal import waiting, warn_random
 if TYPE_CHECKING:
     from torch import nn
 
+    from hess_plugin.adapting import Adapter
+
 FILE = click.Path(path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -80,7 +82,7 @@ def data_facts(options: dict[str, Any]) -> dict[str, Any]:
 
 def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Load the model and find its scenes, fitted to the model's image size; also the plugin manager used."""
-    from hess_plugin.plugins import get_plugin_manager, resolve_adapter
+    from hess_plugin.plugins import get_plugin_manager
     from hess_plugin.scenes.reading import read_scenes
 
     # Scenes first: a wrong path is told before a model of a billion weights is read.
@@ -90,10 +92,18 @@ def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) ->
         click.echo(f"Warning: {options['scenes']} scenes asked for, {len(found)} found.", err=True)
     model = load(name, weights, options)
     manager = get_plugin_manager()
-    framing = resolve_adapter(model, options["adapter"], manager).family(model).framing
+    framing = adapter_of(model, options, manager).family(model).framing
     given = {"resolution": options["resolution"], "mode": options["framing"]}
     framing = replace(framing, **{name: value for name, value in given.items() if value is not None})
     return model, found.framed(framing), manager
+
+
+def adapter_of(model: nn.Module, options: dict[str, Any], manager: Any = None) -> Adapter:
+    """The adapter that --adapter names, or the one that claims the model."""
+    from hess_plugin.plugins import require_claim, resolve_adapter
+
+    name = options["adapter"]
+    return resolve_adapter(model, None, manager) if name is None else require_claim(model, name, manager)
 
 
 def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
