@@ -17,6 +17,7 @@ saved       the same count in real runs at reduced size on this machine, beside 
 rows        scores from all rows of W_Q's gradient beside those from patch tokens' rows alone, on the demo model: rank
             correlation and what the patched model makes of it.
 stability   halves of the calibration set, their size varied, on the demo model.
+self        calibration without ground truth, its ranks beside those of ground truth, on the demo model.
 """
 
 from __future__ import annotations
@@ -228,12 +229,34 @@ def stability_section(args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def self_section(args: argparse.Namespace) -> list[str]:
+    from hess_plugin.agreement import compare_profiles
+
+    rooms = RoomScenes("calibration", 2 * args.scenes, args.views)
+    other = hess_plugin.calibrate(load_demo_model(), rooms[args.scenes :])
+    lines = [
+        "## Without ground truth",
+        "",
+        f"Demo model, scores of {args.scenes} rooms x {args.views} views against ground-truth scores of as many other "
+        "rooms; benchmarks/ground_truth_free.py compares ways and outcomes.",
+        "",
+        "| target | Spearman by layer | mean | budget moved |",
+        "|---|---|---|---|",
+    ]
+    for target in ("truth", "self"):
+        found = compare_profiles(hess_plugin.calibrate(load_demo_model(), rooms[: args.scenes], target=target), other)
+        by_layer = ", ".join(f"{value:.2f}" for value in found.spearman.tolist())
+        lines.append(f"| {target} | {by_layer} | {found.spearman.mean():.3f} | {found.moved.mean():.3f} |")
+    return lines
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "lean": lean_section,
     "size": size_section,
     "saved": saved_section,
     "rows": rows_section,
     "stability": stability_section,
+    "self": self_section,
 }
 
 

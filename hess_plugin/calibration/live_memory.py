@@ -29,7 +29,7 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         live: bytes alive now, without those that existed before.
-        peak: most bytes alive at once since `restart`.
+        peak: most bytes alive at once.
         flops: floating-point operations of matrix products, convolutions and attention.
     """
 
@@ -39,10 +39,6 @@ class LiveMemory(TorchDispatchMode):
         self.live = self.peak = self.flops = 0
         self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
         self._existing = list(existing)  # kept alive, so that no new storage takes an address noted above
-
-    def restart(self) -> None:
-        """Look for a new peak from here on."""
-        self.peak = self.live
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -85,8 +85,9 @@ def _calibrate(
         raise click.UsageError(
             "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
         )
-    photos = {spec.partition(":")[0] == "images" for spec in options["data"]}
-    if options["target"] == "auto" and len(photos) > 1:
+    from hess_plugin.scenes.reading import with_and_without_truth
+
+    if options["target"] == "auto" and with_and_without_truth(options["data"]):
         raise click.UsageError(
             "--data names scenes with ground truth and images without, whose traces cannot be averaged; give one kind, "
             "or --target self for all."

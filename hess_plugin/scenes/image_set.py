@@ -11,11 +11,12 @@ from torch import Tensor
 from hess_plugin.exceptions import SceneError
 from hess_plugin.framing import Framing
 from hess_plugin.scenes._checks import check_images
+from hess_plugin.scenes.pictures import Pictures
 from hess_plugin.scenes.placing import place
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(Pictures):
     """Images of one scene of which nothing else is known, checked on construction.
 
     Attributes:
@@ -31,21 +32,6 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         check_images(self.name, self.images)
-
-    @property
-    def views(self) -> int:
-        """Number of images."""
-        return int(self.images.shape[0])
-
-    @property
-    def height(self) -> int:
-        """Rows of an image."""
-        return int(self.images.shape[2])
-
-    @property
-    def width(self) -> int:
-        """Columns of an image."""
-        return int(self.images.shape[3])
 
     def framed(self, framing: Framing) -> ImageSet:
         """The images at a size that a model takes."""

@@ -30,17 +30,19 @@ class SceneFormat:
             the options of the spec as keyword arguments.
         layout: what the folder holds, for messages and the README.
         options: names that ``FORMAT:FOLDER,name=value`` may set, and what they mean.
+        truth: whether its scenes have true cameras.
     """
 
     find: Callable[..., Sequence[SceneSource]]
     layout: str
     options: dict[str, str]
+    truth: bool = True
 
 
 FORMATS: dict[str, SceneFormat] = {
     "folder": SceneFormat(find_folder_sources, "folders with cameras.json, images/, depth/, points.ply", {}),
     "co3d": SceneFormat(co3d.find_sources, "CO3Dv2 categories with frame_annotations.jgz", co3d.OPTIONS),
-    "images": SceneFormat(photos.find_sources, "images, or folders of images", {}),
+    "images": SceneFormat(photos.find_sources, "images, or folders of images", {}, truth=False),
     "colmap": SceneFormat(colmap.find_sources, "images/ and a COLMAP model in sparse/", colmap.OPTIONS),
     "eth3d": SceneFormat(eth3d.find_sources, "ETH3D scenes with dslr_calibration_jpg/", eth3d.OPTIONS),
     "dtu": SceneFormat(mvsnet.find_sources, "MVSNet's layout: images/ and cams/, or Rectified/", mvsnet.OPTIONS),
@@ -108,6 +110,12 @@ def read_scenes(
     found = _distinct([(spec, source) for spec in specs for source in _find(spec)])
     chosen = [found[i] for i in choose(len(found), scenes, seed)]
     return LazyScenes(chosen, views, seed, framing)
+
+
+def with_and_without_truth(specs: Sequence[str]) -> bool:
+    """Whether some of the specs name scenes with true cameras and others scenes without; nothing is read."""
+    formats = [FORMATS.get(spec.partition(":")[0]) for spec in specs]
+    return len({form.truth for form in formats if form is not None}) > 1
 
 
 def _find(spec: str) -> Sequence[SceneSource]:

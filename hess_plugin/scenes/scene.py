@@ -13,11 +13,12 @@ from hess_plugin.exceptions import SceneError
 from hess_plugin.framing import Framing, Placement
 from hess_plugin.geometry import invert_rigid, unproject
 from hess_plugin.scenes._checks import check_scene
+from hess_plugin.scenes.pictures import Pictures
 from hess_plugin.scenes.placing import place
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Scene(Pictures):
     """Images of one scene with their ground truth, checked on construction.
 
     Attributes:
@@ -43,21 +44,6 @@ class Scene:
 
     def __post_init__(self) -> None:
         check_scene(self)
-
-    @property
-    def views(self) -> int:
-        """Number of images."""
-        return int(self.images.shape[0])
-
-    @property
-    def height(self) -> int:
-        """Rows of an image."""
-        return int(self.images.shape[2])
-
-    @property
-    def width(self) -> int:
-        """Columns of an image."""
-        return int(self.images.shape[3])
 
     @property
     def centres(self) -> Tensor:

@@ -71,7 +71,6 @@ def test_counting_bytes_and_operations() -> None:
         assert (live.live, live.flops) == (2048, 2 * 16**3)
         del first
         assert live.live == 1024
-        live.restart()
         third = second + 1
         del second
         assert live.live == 1024 and live.peak == 2048 and third.numel() == 256
