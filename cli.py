@@ -5,12 +5,16 @@ from __future__ import annotations
 import click
 
 from hess_plugin import __version__
+from hess_plugin.commands.bench import bench
 from hess_plugin.commands.calibration import calibrate
 from hess_plugin.commands.demo import demo
 from hess_plugin.commands.evaluation import evaluate
 from hess_plugin.commands.models import plugins, sites
 from hess_plugin.commands.profiles import compare, show
+from hess_plugin.commands.report import report
 from hess_plugin.commands.scenes import convert, formats
+from hess_plugin.commands.sweep import sweep
+from hess_plugin.commands.verification import verify
 from hess_plugin.terminal import Group
 
 
@@ -21,7 +25,21 @@ def main(verbose: bool) -> None:
     """Make VGGT-family models fast: calibrate once, patch, run, undo."""
 
 
-for _command in (calibrate, evaluate, show, compare, convert, formats, sites, plugins, demo):
+for _command in (
+    calibrate,
+    verify,
+    evaluate,
+    sweep,
+    report,
+    show,
+    compare,
+    bench,
+    convert,
+    formats,
+    sites,
+    plugins,
+    demo,
+):
     main.add_command(_command)
 
 

@@ -42,7 +42,9 @@ from hess_plugin.calibration.live_memory import LiveMemory
 from hess_plugin.calibration.measuring import Protocol, measuring
 from hess_plugin.demo.model import load_demo_model
 from hess_plugin.demo.scenes import RoomScenes
-from hess_plugin.evaluation.comparison import Arm, compare, summarise
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
+from hess_plugin.evaluation.statistics import summarise
 from hess_plugin.machine import describe_machine
 from hess_plugin.plugins import load_model, resolve_adapter
 from hess_plugin.profiles import Profile

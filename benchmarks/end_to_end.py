@@ -3,24 +3,26 @@
     python benchmarks/end_to_end.py --write benchmarks/results/end_to_end.md
 
 Protocol: for each number of views, the unpatched forward and one forward for each sparsity follow one another,
-`--repeats` times after a warm-up; a cell is the median over repeats of patched time / unpatched time of the same
-repeat. Budgets are uniform; images are random, which costs what any other image costs. The demo model's global
-attention is a smaller part of its forward than VGGT's, and its heads are 16 wide: this shows from which length on
-patching pays on this machine, not what VGGT gains.
+`--repeats` times after a warm-up, in turned order every other time; a cell is the median over repeats of patched time /
+unpatched time of the same repeat. Budgets are uniform; images are random, which costs what any other image costs. The
+demo model's global attention is a smaller part of its forward than VGGT's, and its heads are 16 wide: this shows from
+which length on patching pays on this machine, not what VGGT gains.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 import hess_plugin
 from hess_plugin.demo.model import load_demo_model
+from hess_plugin.evaluation.timing import side_by_side, twin
 from hess_plugin.machine import describe_machine
 
 
@@ -60,25 +62,18 @@ def main() -> None:
 def measure(model: torch.nn.Module, views: int, sparsities: list[float], repeats: int) -> tuple[float, list[float]]:
     """Median seconds of the unpatched forward, and the median ratio at each sparsity."""
     images = torch.rand(1, views, 3, 60, 60)
-    dense: list[float] = []
-    ratios: dict[float, list[float]] = {sparsity: [] for sparsity in sparsities}
-    for repeat in range(repeats + 1):
-        plain = timed(model, images)
+    with contextlib.ExitStack() as stack:
+        calls = {0.0: functools.partial(model, images)}
         for sparsity in sparsities:
-            with hess_plugin.patch(model, sparsity=sparsity):
-                patched = timed(model, images)
-            if repeat:
-                ratios[sparsity].append(patched / plain)
-        if repeat:
-            dense.append(plain)
-    return statistics.median(dense), [statistics.median(ratios[sparsity]) for sparsity in sparsities]
-
-
-def timed(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """Seconds of one forward."""
-    started = time.perf_counter()
-    model(images)
-    return time.perf_counter() - started
+            patched = twin(model)  # shares the weights, so that nothing is patched and undone between two forwards
+            stack.enter_context(hess_plugin.patch(patched, sparsity=sparsity))
+            calls[sparsity] = functools.partial(patched, images)
+        for call in calls.values():
+            call()
+        times = side_by_side(calls, repeats, images.device)
+    dense = times[0.0]
+    ratios = [[ours / theirs for ours, theirs in zip(times[s], dense, strict=True)] for s in sparsities]
+    return statistics.median(dense), [statistics.median(ratio) for ratio in ratios]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ from hess_plugin.calibration.fisher import head_traces, only_sites_require_grad
 from hess_plugin.calibration.self_target import image_seed, predicted_surface, self_errors
 from hess_plugin.demo.model import load_demo_model
 from hess_plugin.demo.scenes import RoomScenes
-from hess_plugin.evaluation.comparison import Arm, Measurement, compare
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
+from hess_plugin.evaluation.records import Measurement
 from hess_plugin.interception import intercept
 from hess_plugin.machine import describe_machine
 from hess_plugin.plugins import resolve_adapter

@@ -100,6 +100,8 @@ class SiteAttention:
     def _tell_shortfall(self, plan: Plan) -> None:
         """Say once a layout when the input has too few blocks for the sparsity asked for."""
         settings, cap = self.settings, self.site.num_heads * plan.pairs
+        if plan.layout.patch_tokens < settings.dense_below:
+            return  # dense because it is asked for
         reached = 0.0 if plan.dense else 1.0 - plan.kept / cap
         asked = None if settings.allocation == "uncapped" else settings.sparsity  # uncapped loses surplus by design
         if asked is not None and abs(asked - reached) > _TOLD_SHORTFALL:

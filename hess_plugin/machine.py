@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe_machine() -> str:
@@ -19,6 +24,21 @@ def describe_machine() -> str:
     return "; ".join(parts)
 
 
+def machine_key(device: torch.device) -> str:
+    """Name what decides how fast a device computes: the graphics card, or the processor and torch's threads on it.
+
+    The same on every run on the same machine, so that what was measured there can be found again.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{device.type} on {_processor()}"
+
+
+@functools.cache  # the file is long where there are many cores
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pluggy
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +18,9 @@ import hess_plugin_cuda
 
 from .adapting import Adapter, Replacement
 from .attention import SiteAttention
+from .break_even import Conditions, recorded_limit
 from .exceptions import PatchError
+from .following import check_verdict, follow
 from .interception import LAYOUT_MARK, is_patched, restore
 from .plans import Layouts
 from .plugins import resolve_adapter
@@ -37,11 +40,17 @@ class Patch:
     """
 
     def __init__(
-        self, attentions: list[SiteAttention], settings: Settings, backend: str, scoring: Scoring | None
+        self,
+        attentions: list[SiteAttention],
+        settings: Settings,
+        backend: str,
+        scoring: Scoring | None,
+        stepped_aside: str | None = None,
     ) -> None:
         self._attentions = attentions
         self._settings = settings
         self._scoring = scoring
+        self._stepped_aside = stepped_aside
         self._backend = backend
         self._undo = contextlib.ExitStack()
         self._active = True
@@ -60,6 +69,7 @@ class Patch:
         """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
         settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
         settings |= {} if self._scoring is None else asdict(self._scoring)
+        settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
         sites = tuple(attention.tally.report() for attention in self._attentions)
         return PatchReport(sites, self._backend, self._settings.allocation, settings)
 
@@ -96,6 +106,8 @@ def patch(
     rows: str = "all",
     seed: int = 0,
     strict: bool = True,
+    verdict: str = "follow",
+    dense_below: int | None = None,
     adapter: str | None = None,
     manager: pluggy.PluginManager | None = None,
 ) -> Patch:
@@ -133,6 +145,13 @@ def patch(
         rows: ``all``, or ``patch`` for the gradient through patch tokens' rows alone, if the profile recorded it.
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
+        verdict: what to do where `hess-patch verify` recorded in the profile, for this score and about this sparsity,
+            that its budgets are worse than uniform ones on held-out scenes: ``follow`` warns and takes uniform budgets
+            (and warns of a profile that helps in one metric and harms in another, but uses it), ``refuse`` raises
+            instead, ``ignore`` uses the profile. A profile that was not verified is used without a word.
+        dense_below: patch tokens of a forward, of all views together, below which every site takes the dense path.
+            None takes what `hess-patch bench` recorded in the profile for this machine, backend, block sizes and about
+            this sparsity, or no limit where nothing was; 0 never takes the dense path for being short.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
 
@@ -141,7 +160,8 @@ def patch(
 
     Raises:
         UnknownModel, AmbiguousModel: not exactly one adapter claims the model.
-        ProfileError, ProfileMismatch: the profile cannot be read, is not this model's or has no such score.
+        ProfileError, ProfileMismatch: the profile cannot be read, is not this model's, has no such score or, with
+            `verdict` ``refuse``, was shown to harm.
         PatchError: the model is patched already, or a setting is out of range.
     """
     if sparsity is None and sparse_ratio is None and cdf_threshold is None:
@@ -160,6 +180,7 @@ def patch(
         minimum=minimum,
         seed=seed,
         block_order=block_order,
+        dense_below=0 if dense_below is None else dense_below,
     )
     if profile is None and allocation not in ("uniform", "equal"):
         raise PatchError(
@@ -170,20 +191,26 @@ def patch(
         raise PatchError(
             f"a score was chosen ({scoring}), which is made of a profile, and none was given; pass profile=FILE."
         )
+    check_verdict(verdict)
     chosen = resolve_adapter(model, adapter, manager)
     if is_patched(model):
         raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
     sites = chosen.sites(model)
+    scores = stepped_aside = None
     if profile is not None:
         profile = _checked(profile, sites, strict)
         scoring = scoring.resolved(profile)
-    scores = None if profile is None else head_scores(profile, scoring)
+        scores = head_scores(profile, scoring)
+        settings, stepped_aside = follow(profile, settings, scoring, sites, verdict, strict)
     backend_name = _resolve_backend(backend, sites[0])
+    if profile is not None and dense_below is None:
+        settings = replace(settings, dense_below=_measured_limit(profile, settings, sites[0], backend_name))
     layouts = Layouts(block_order, block_k)
     attentions = [
         SiteAttention(site, settings, None if scores is None else scores[i], layouts, i) for i, site in enumerate(sites)
     ]
-    handle = Patch(attentions, settings, backend_name, None if profile is None else scoring)
+    made = None if profile is None or stepped_aside is not None else scoring
+    handle = Patch(attentions, settings, backend_name, made, stepped_aside)
     # If anything fails half way, the sites replaced so far are put back.
     with contextlib.ExitStack() as undo:
         for site, attention in zip(sites, attentions, strict=True):
@@ -227,6 +254,17 @@ def _resolve_backend(backend: str, site: Site) -> str:
         )
     except (ValueError, RuntimeError) as error:
         raise PatchError(str(error)) from error
+
+
+def _measured_limit(profile: Profile, settings: Settings, site: Site, backend: str) -> int:
+    """Patch tokens below which the dense path was found to be the faster one here; 0 where nothing is known."""
+    weight = site.weight()
+    kind = weight.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    conditions = Conditions.of(
+        weight.device, weight.dtype, backend, settings.block_q, settings.block_k, autocast=autocast
+    )
+    return recorded_limit(profile, conditions, settings.sparsity)
 
 
 def _replace(adapter: Adapter, site: Site, attention: SiteAttention) -> Replacement:

@@ -122,7 +122,8 @@ def make_plan(
     """
     rows = math.ceil(layout.patch_tokens / settings.block_q)
     columns = math.ceil(layout.patch_tokens / settings.block_k)
-    dense, budgets = settings.keeps_all or columns <= settings.minimum, None
+    asked = settings.keeps_all or layout.patch_tokens < settings.dense_below
+    dense, budgets = asked or columns <= settings.minimum, None
     # See Layouts.order: not inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         moved = None if weights is None else weights.to(device)

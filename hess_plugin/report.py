@@ -84,6 +84,10 @@ class PatchReport:
             f"sparsity {_share(self.sparsity)} ({_share(self.sparsity_all_keys)} of all key blocks), "
             f"backend {self.backend}, allocation {self.allocation}, {self.seconds:.4f} s in attention"
         )
+        if self.settings.get("dense_below"):
+            lines.append(f"forwards of fewer than {self.settings['dense_below']} patch tokens take the dense path")
+        if "stepped_aside" in self.settings:
+            lines.append(f"the profile's budgets stepped aside for uniform ones: it {self.settings['stepped_aside']}")
         return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ class Settings:
         minimum: key blocks every row keeps at least.
         seed: of the ``random`` allocation.
         block_order: order in which the patches of a frame fill blocks, a name of `BLOCK_ORDERS`.
+        dense_below: patch tokens of a forward below which nothing is dropped; 0 for no such limit.
     """
 
     sparsity: float | None
@@ -43,6 +44,7 @@ class Settings:
     minimum: int = 2
     seed: int = 0
     block_order: str = "raster"
+    dense_below: int = 0
 
     def __post_init__(self) -> None:
         rule = self.sparse_ratio is not None or self.cdf_threshold is not None
@@ -64,10 +66,10 @@ class Settings:
             raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
         if self.selector not in sparsity.SELECTORS:
             raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
-        for name in ("block_q", "block_k", "minimum"):
+        for name, least in (("block_q", 1), ("block_k", 1), ("minimum", 1), ("dense_below", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PatchError(f"{name} is {value!r}, wanted a whole number of at least 1 (an int).")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise PatchError(f"{name} is {value!r}, wanted a whole number of at least {least} (an int).")
 
     @property
     def keeps_all(self) -> bool:

@@ -55,6 +55,7 @@ def checkout_files() -> dict[str, Path]:
         wanted |= {f"{target}/{path.relative_to(ROOT / folder).as_posix()}": path for path in kept}
     data = [
         *(ROOT / "hess_plugin/demo/weights").glob("*"),
+        ROOT / "hess_plugin/evaluation/report.html",
         *(path for name in ("csrc", "fatbin") for path in (ROOT / "hess_plugin_cuda" / name).rglob("*")),
     ]
     wanted |= {path.relative_to(ROOT).as_posix(): path for path in data if path.is_file()}

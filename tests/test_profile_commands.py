@@ -204,7 +204,7 @@ def test_random_weights_are_warned_of(invoke: Invoke) -> None:
 # ---------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("command", ["show", "compare", "evaluate"])
+@pytest.mark.parametrize("command", ["show", "compare", "evaluate", "verify"])
 def test_every_command_that_makes_a_score_takes_the_same_options(command: str) -> None:
     """The choices are spelt out on the command line, where importing the library would take a second."""
     options = {option.name: option for option in main.commands[command].params}

@@ -15,10 +15,13 @@ from hess_plugin.geometry import Similarity
 from hess_plugin.predictions import Prediction
 from hess_plugin.scenes.scene import Scene
 
-__all__ = ["Alignment", "align", "corresponding_points", "trimmed_umeyama", "umeyama"]
+__all__ = ["Alignment", "align", "check_prediction", "corresponding_points", "trimmed_umeyama", "umeyama"]
 
 MIN_CORRESPONDENCES = 16
 MAX_CORRESPONDENCES = 200_000
+CLOSED_FORMS = ("pixels", "cameras")
+
+_Start = tuple[Similarity, str, int]  # and its method and inliers, before ICP
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,9 @@ class Alignment:
 
 
 @torch.no_grad()
-def align(prediction: Prediction, scene: Scene, *, seed: int = 0, icp: bool = True) -> Alignment:
+def align(
+    prediction: Prediction, scene: Scene, *, seed: int = 0, icp: bool = True, closed_form: str = "pixels"
+) -> Alignment:
     """The similarity from prediction to ground truth.
 
     Closed form on pixel correspondences where the scene has depth (fitted, the worst fifth dropped, fitted
@@ -50,14 +55,15 @@ def align(prediction: Prediction, scene: Scene, *, seed: int = 0, icp: bool = Tr
         scene: in any unit and frame; the similarity leads into it.
         seed: of RANSAC and of subsampling.
         icp: whether to refine.
+        closed_form: the one tried first, of `CLOSED_FORMS`; the other where it fixes nothing.
 
     Raises:
-        CalibrationError: when prediction and scene differ in views, values are not finite, or nothing fixes a
-            similarity.
+        CalibrationError: when prediction and scene differ in views, values are not finite, nothing fixes a
+            similarity, or there is no such closed form.
         MissingDependency: when Open3D is needed and not installed.
     """
-    _check(prediction, scene)
-    start = _closed_form(prediction, scene, seed) or _by_features(prediction, scene, seed)
+    check_prediction(prediction, scene)
+    start = _closed_form(prediction, scene, seed, closed_form) or _by_features(prediction, scene, seed)
     similarity, method, inliers = start
     cloud = scene.cloud() if icp else None
     points = prediction.points[prediction.confident]
@@ -89,19 +95,32 @@ def corresponding_points(
     return prediction.points[valid], truth[valid]
 
 
-def _closed_form(prediction: Prediction, scene: Scene, seed: int) -> tuple[Similarity, str, int] | None:
+def _closed_form(prediction: Prediction, scene: Scene, seed: int, first: str) -> _Start | None:
+    if first not in CLOSED_FORMS:
+        raise CalibrationError(f"closed_form is {first!r}, wanted one of {', '.join(CLOSED_FORMS)}.")
+    if first == "cameras":
+        return _by_cameras(prediction, scene) or _by_pixels(prediction, scene, seed)
+    return _by_pixels(prediction, scene, seed) or _by_cameras(prediction, scene)
+
+
+def _by_pixels(prediction: Prediction, scene: Scene, seed: int) -> _Start | None:
     pairs = corresponding_points(prediction, scene)
-    if pairs is not None and len(pairs[0]) >= MIN_CORRESPONDENCES:
-        source, target = (subsample(points, MAX_CORRESPONDENCES, seed) for points in pairs)
-        if not are_collinear(source) and not are_collinear(target):
-            similarity, kept = trimmed_umeyama(source, target)
-            return similarity, "pixels", int(kept.sum())
+    if pairs is None or len(pairs[0]) < MIN_CORRESPONDENCES:
+        return None
+    source, target = (subsample(points, MAX_CORRESPONDENCES, seed) for points in pairs)
+    if are_collinear(source) or are_collinear(target):
+        return None
+    similarity, kept = trimmed_umeyama(source, target)
+    return similarity, "pixels", int(kept.sum())
+
+
+def _by_cameras(prediction: Prediction, scene: Scene) -> _Start | None:
     if are_collinear(prediction.centres) or are_collinear(scene.centres):
         return None
     return umeyama(prediction.centres, scene.centres.to(prediction.centres.device)), "cameras", scene.views
 
 
-def _by_features(prediction: Prediction, scene: Scene, seed: int) -> tuple[Similarity, str, int]:
+def _by_features(prediction: Prediction, scene: Scene, seed: int) -> _Start:
     cloud = scene.cloud()
     if cloud is None:
         raise CalibrationError(_nothing_to_align(prediction, scene))
@@ -130,7 +149,8 @@ def _nothing_to_align(prediction: Prediction, scene: Scene) -> str:
     )
 
 
-def _check(prediction: Prediction, scene: Scene) -> None:
+def check_prediction(prediction: Prediction, scene: Scene) -> None:
+    """Raise CalibrationError unless `prediction` is of all views of `scene` and finite."""
     views = prediction.c2w.shape[0]
     if views != scene.views:
         raise CalibrationError(

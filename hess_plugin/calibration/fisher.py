@@ -61,12 +61,7 @@ def head_traces(
     Raises:
         CalibrationError: the error or a gradient is not finite, or the error has no graph.
     """
-    if not bool(torch.isfinite(error)):
-        raise CalibrationError(f"the error is {error.item()}, wanted a finite number; check images and prediction.")
-    if not error.requires_grad:
-        raise CalibrationError(
-            "the error has no gradient with respect to the model; its hess_predict must not run under no_grad."
-        )
+    check_error(error)
     leaves = [*weights, *([] if twins is None else [twins[id(weight)] for weight in weights])]
     gradients = torch.autograd.grad(error, leaves, retain_graph=retain_graph, allow_unused=True)
     traces = {}
@@ -75,6 +70,20 @@ def head_traces(
         for letter in PROJECTIONS:
             traces[f"{letter}{suffix}"] = _trace(by_weight, sites, letter)
     return traces
+
+
+def check_error(error: Tensor) -> None:
+    """Check that an error can be differentiated.
+
+    Raises:
+        CalibrationError: it is not finite, or has no graph.
+    """
+    if not bool(torch.isfinite(error)):
+        raise CalibrationError(f"the error is {error.item()}, wanted a finite number; check images and prediction.")
+    if not error.requires_grad:
+        raise CalibrationError(
+            "the error has no gradient with respect to the model; its hess_predict must not run under no_grad."
+        )
 
 
 def _trace(by_weight: Mapping[int, Tensor | None], sites: Sequence[Site], projection: str) -> Tensor:

@@ -11,11 +11,9 @@ import click
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import first_rank, one_voice, progress_bars, waiting, warn_random
 
-from .options import OUTPUT, data_facts, data_options, model_and_scenes, model_options
+from .options import OUTPUT, autocast_of, autocast_option, data_facts, data_options, model_and_scenes, model_options
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hess_plugin.calibration.ranks import Ranks
 
 _WITHOUT_TRUTH = (
@@ -36,13 +34,7 @@ _WITHOUT_TRUTH = (
     show_default=True,
     help="Inlier distance of the point error; the mean distance of true points to the first camera is 1.",
 )
-@click.option(
-    "--autocast",
-    type=click.Choice(["auto", "none", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Type of the forward; auto is bfloat16 on a GPU that has it, none elsewhere.",
-)
+@autocast_option
 @click.option(
     "--memory",
     type=click.Choice(["lean", "plain"]),
@@ -94,15 +86,13 @@ def _calibrate(
         )
     if output is not None and ranks.rank == 0:
         check_writable(output)
-    import torch
-
     import hess_plugin
     from hess_plugin.calibration.measuring import Protocol
     from hess_plugin.calibration.rehearsal import rehearse
     from hess_plugin.evaluation.tables import profile_summary
 
     loaded, found, manager = model_and_scenes(model, weights, options)
-    autocast = torch.bfloat16 if _wants_bfloat16(options["autocast"], loaded) else None
+    autocast = autocast_of(options["autocast"], loaded)
     if dry_run:
         if ranks.rank == 0:
             protocol = Protocol(
@@ -135,11 +125,3 @@ def _calibrate(
         click.echo(f"wrote {output}")
         if weights == "random":
             warn_random()
-
-
-def _wants_bfloat16(choice: str, model: nn.Module) -> bool:
-    import torch
-
-    if choice != "auto":
-        return choice == "bfloat16"
-    return next(model.parameters()).device.type == "cuda" and torch.cuda.is_bf16_supported()

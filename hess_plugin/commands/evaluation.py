@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
+from .measures import metric_facts, metric_options, metrics_of
 from .options import COUNT, FILE, OUTPUT, data_facts, data_options, model_and_scenes, model_options
 from .scoring import score_options, scoring_of
+
+if TYPE_CHECKING:
+    from hess_plugin.evaluation.arms import Arm
+    from hess_plugin.evaluation.metrics import MetricSettings
+    from hess_plugin.evaluation.statistics import Summary
+    from hess_plugin.profiles import Profile
 
 
 @click.command()
@@ -21,7 +28,9 @@ from .scoring import score_options, scoring_of
 @click.option("--profile", type=FILE, help="Profile for the arms that divide budgets by score.")
 @click.option("--any-weights", is_flag=True, help="Accept a profile that was calibrated on other weights.")
 @score_options
-@click.option("--sparsity", type=float, multiple=True, default=(0.73,), show_default=True, help="Several allowed.")
+@click.option("--sparsity", type=float, multiple=True, help="Several allowed; 0.73 by default.")
+@click.option("--sparse-ratio", type=float, help="rho of SparseVGGT, instead of a sparsity.")
+@click.option("--cdf-threshold", type=float, help="tau of SparseVGGT, instead of a sparsity.")
 @click.option(
     "--arm",
     "arms",
@@ -31,13 +40,15 @@ from .scoring import score_options, scoring_of
 )
 @click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
 @click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
+@metric_options
 @click.option("-o", "--output", type=OUTPUT, help="CSV of every measurement, to write.")
 def evaluate(model: str, weights: str | None, profile: Path | None, output: Path | None, **options: Any) -> None:
     """Measure cameras and points, unpatched and patched, on scenes with ground truth."""
     if output is not None:
         check_writable(output, ".csv")
-    from hess_plugin.evaluation.comparison import Arm, compare, summarise, write_csv
-    from hess_plugin.evaluation.tables import comparison_table
+    from hess_plugin.evaluation.comparison import compare
+    from hess_plugin.evaluation.records import write_csv
+    from hess_plugin.evaluation.statistics import summarise
     from hess_plugin.machine import describe_machine
     from hess_plugin.profiles import Profile
     from hess_plugin.scoring import Scoring, head_scores
@@ -50,9 +61,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     score = None if profile is None else Profile.load(profile)
     if score is not None:
         head_scores(score, scoring)  # a score that cannot be made is told before a large model is read
-    names = options["arms"] or (("uniform",) if score is None else ("uniform", "hess"))
-    wanted = [Arm(name, s, name) for s in options["sparsity"] if s != 0.0 for name in names]
-    arms = list(dict.fromkeys([Arm("dense"), *wanted]))
+    metrics, arms = metrics_of(options), _arms(options, score)
     loaded, found, manager = model_and_scenes(model, weights, options)
     done, total = iter(range(len(found) * len(arms))), len(found) * len(arms)
     blocks = {name: options[name] for name in ("block_q", "block_k")}
@@ -62,6 +71,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
             found,
             arms,
             profile=score,
+            metrics=metrics,
             progress=lambda scene, arm: note("measure", next(done), total, f"{scene} {arm}"),
             adapter=options["adapter"],
             manager=manager,
@@ -69,15 +79,43 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
             **blocks,
             **asdict(scoring),
         )
-    click.echo(comparison_table(summarise(rows)))
-    made = "" if score is None else f"; score: {scoring.resolved(score)}"
-    click.echo(f"\nscenes: {len(found)}; mean ± standard error; AUC in points{made}; {describe_machine()}.")
+    made = "" if score is None else f"score: {scoring.resolved(score)}; "
+    click.echo(_text(summarise(rows), metrics))
+    click.echo(f"{len(found)} scenes; {made}{describe_machine()}.")
     if output is not None:
-        facts = data_facts(options) | blocks
+        facts = {"model": model, "weights": weights or "shipped", **data_facts(options), **blocks}
         facts |= {"profile": profile} | asdict(scoring if score is None else scoring.resolved(score))
-        write_csv(
-            output, rows, {"model": model, "weights": weights or "shipped", **facts, "machine": describe_machine()}
-        )
+        facts |= {**metric_facts(options), "machine": describe_machine()}
+        facts["alignment_asked"] = facts.pop("alignment")  # beside the column that says what was done
+        write_csv(output, rows, facts)
         click.echo(f"wrote {output}")
     if weights == "random":
         warn_random()
+
+
+def _text(summaries: list[Summary], metrics: MetricSettings) -> str:
+    """The tables, each with what its figures are."""
+    from hess_plugin.evaluation.protocol import describe_cameras, describe_clouds
+    from hess_plugin.evaluation.tables import camera_table, cloud_table
+
+    text, clouds = f"{camera_table(summaries)}\n\n{describe_cameras(metrics)}", cloud_table(summaries)
+    if clouds is None:
+        return f"{text}\nNo scene has depth or points: clouds were not measured."
+    done = "; ".join(dict.fromkeys(s.alignment for s in summaries))
+    return f"{text}\n\n{clouds}\n\n{describe_clouds(metrics)} Alignment that was possible: {done}."
+
+
+def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
+    """The dense model, then every arm at every amount."""
+    from hess_plugin.evaluation.arms import Arm, Row
+
+    rule = {name: options[name] for name in ("sparse_ratio", "cdf_threshold")}
+    if any(value is not None for value in rule.values()):
+        if options["sparsity"]:
+            raise click.UsageError("--sparsity and --sparse-ratio/--cdf-threshold were given; choose one of them.")
+        rows = [Row(**rule)]
+    else:
+        rows = [Row(sparsity) for sparsity in options["sparsity"] or (0.73,) if sparsity != 0.0]
+    names = options["arms"] or (("uniform",) if profile is None else ("uniform", "hess"))
+    wanted = [Arm(name, allocation=name).at(row) for row in rows for name in names]
+    return list(dict.fromkeys([Arm("dense"), *wanted]))

@@ -13,9 +13,11 @@ import click
 from hess_plugin.terminal import waiting, warn_random
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from hess_plugin.adapting import Adapter
+    from hess_plugin.framing import Framing
 
 FILE = click.Path(path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
@@ -50,6 +52,13 @@ model_options = options(
         "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
     ),
     click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims the model."),
+)
+autocast_option = click.option(
+    "--autocast",
+    type=click.Choice(["auto", "none", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the forward; auto is bfloat16 on a GPU that has it, none elsewhere.",
 )
 scene_options = options(
     click.option(
@@ -92,10 +101,14 @@ def model_and_scenes(name: str, weights: str | None, options: dict[str, Any]) ->
         click.echo(f"Warning: {options['scenes']} scenes asked for, {len(found)} found.", err=True)
     model = load(name, weights, options)
     manager = get_plugin_manager()
+    return model, found.framed(framing_of(model, options, manager)), manager
+
+
+def framing_of(model: nn.Module, options: dict[str, Any], manager: Any) -> Framing:
+    """The size of images: the model's own, but for what the options say."""
     framing = adapter_of(model, options, manager).family(model).framing
     given = {"resolution": options["resolution"], "mode": options["framing"]}
-    framing = replace(framing, **{name: value for name, value in given.items() if value is not None})
-    return model, found.framed(framing), manager
+    return replace(framing, **{name: value for name, value in given.items() if value is not None})
 
 
 def adapter_of(model: nn.Module, options: dict[str, Any], manager: Any = None) -> Adapter:
@@ -130,6 +143,16 @@ def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     if weights == "random":
         warn_random()
     return model
+
+
+def autocast_of(choice: str, model: nn.Module) -> torch.dtype | None:
+    """The type that --autocast chooses for a model's forward; None for the model's own."""
+    import torch
+
+    if choice == "auto":
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        choice = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "none"
+    return torch.bfloat16 if choice == "bfloat16" else None
 
 
 def _own_device(given: str) -> str:

@@ -21,8 +21,46 @@ SPLITS = {
     "validation": range(10_000_000, 11_000_000),
     "calibration": range(20_000_000, 21_000_000),
     "test": range(30_000_000, 31_000_000),
+    "hall-calibration": range(40_000_000, 41_000_000),
+    "hall-test": range(50_000_000, 51_000_000),
 }
-"""Disjoint seed ranges: a scene's seed says which split it belongs to."""
+"""Disjoint seed ranges: a scene's seed says which split it belongs to. Splits ``hall-...`` are of `HALLS`."""
+
+Extent = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class RoomKind:
+    """What rooms of one kind are drawn from; ranges are inclusive low to high, lengths in metres.
+
+    Attributes:
+        half: half sizes of the room.
+        wall_scale: factor on the wavelengths of the walls' textures.
+        boxes: number of boxes.
+        box_half: half sizes of a box.
+        spheres: number of spheres.
+        radius: of a sphere.
+    """
+
+    half: tuple[Extent, Extent] = ((2.0, 2.0, 1.2), (2.6, 2.6, 1.6))
+    wall_scale: float = 1.0
+    boxes: tuple[int, int] = (2, 4)
+    box_half: tuple[Extent, Extent] = ((0.2, 0.2, 0.2), (0.45, 0.45, 0.6))
+    spheres: tuple[int, int] = (1, 3)
+    radius: tuple[float, float] = (0.2, 0.42)
+
+
+ROOMS = RoomKind()
+"""What the demo model was trained on."""
+HALLS = RoomKind(
+    half=((3.0, 3.0, 1.8), (4.0, 4.0, 2.4)),
+    wall_scale=2.5,
+    boxes=(5, 8),
+    box_half=((0.1, 0.1, 0.1), (0.3, 0.3, 0.3)),
+    spheres=(4, 7),
+    radius=(0.1, 0.25),
+)
+"""Another family of scenes: larger and plainer rooms with many small solids, which the model never saw in training."""
 
 _CLEARANCE = 0.25
 _ATTEMPTS = 30
@@ -48,7 +86,7 @@ class RenderedRoom:
 
 
 def seeds(split: str, count: int) -> range:
-    """The first `count` seeds of a split (`train`, `validation`, `calibration` or `test`)."""
+    """The first `count` seeds of a split, a name of `SPLITS`."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not 0 <= count <= len(SPLITS[split]):
@@ -57,7 +95,7 @@ def seeds(split: str, count: int) -> range:
 
 
 def render_room(
-    seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sector: float | None = None
+    seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sector: float | None = None, kind: RoomKind = ROOMS
 ) -> RenderedRoom:
     """Render one room; the same arguments always give the same arrays.
 
@@ -66,9 +104,10 @@ def render_room(
         views: number of cameras, >= 1.
         image_size: height and width in pixels.
         sector: arc the cameras stand on, degrees; drawn from `SECTOR_RANGE` when not given.
+        kind: what the room is drawn from.
     """
     rng = np.random.default_rng(seed)
-    room = _sample_room(rng)
+    room = _sample_room(rng, kind)
     drawn = rng.uniform(*SECTOR_RANGE)
     sector = drawn if sector is None else sector
     c2w = _sample_cameras(rng, room, views, sector)
@@ -87,13 +126,21 @@ def render_room(
     )
 
 
+def kind_of(seed: int) -> RoomKind:
+    """The kind of room that a seed's split holds."""
+    return HALLS if any(seed in range_ for split, range_ in SPLITS.items() if split.startswith("hall")) else ROOMS
+
+
 def make_scene(seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sector: float | None = None) -> Scene:
-    """Render one room as a `Scene` with depth ground truth; arguments as for `render_room`."""
+    """Render one room as a `Scene` with depth ground truth, of the kind that its split holds.
+
+    Arguments as for `render_room`.
+    """
     import torch
 
     from hess_plugin.scenes.scene import Scene
 
-    room = render_room(seed, views, image_size=image_size, sector=sector)
+    room = render_room(seed, views, image_size=image_size, sector=sector, kind=kind_of(seed))
     return Scene(
         name=f"room-{seed}",
         images=torch.from_numpy(room.images).permute(0, 3, 1, 2).float() / 255,
@@ -105,21 +152,21 @@ def make_scene(seed: int, views: int = 16, *, image_size: int = IMAGE_SIZE, sect
     )
 
 
-def _sample_room(rng: np.random.Generator) -> Room:
-    half = rng.uniform([2.0, 2.0, 1.2], [2.6, 2.6, 1.6]).astype(np.float32)
+def _sample_room(rng: np.random.Generator, kind: RoomKind = ROOMS) -> Room:
+    half = rng.uniform(*kind.half).astype(np.float32)
     solids: list[Sphere | Box] = []
-    for _ in range(rng.integers(2, 5)):
-        size = rng.uniform([0.2, 0.2, 0.2], [0.45, 0.45, 0.6]).astype(np.float32)
+    for _ in range(rng.integers(kind.boxes[0], kind.boxes[1] + 1)):
+        size = rng.uniform(*kind.box_half).astype(np.float32)
         centre = np.array([*rng.uniform(-0.9, 0.9, 2), size[2]], np.float32)
         solids.append(Box(centre, size, float(rng.uniform(0, np.pi)), random_texture(rng, 0.7)))
-    for _ in range(rng.integers(1, 4)):
-        radius = float(rng.uniform(0.2, 0.42))
+    for _ in range(rng.integers(kind.spheres[0], kind.spheres[1] + 1)):
+        radius = float(rng.uniform(*kind.radius))
         centre = np.array([*rng.uniform(-0.9, 0.9, 2), radius + rng.uniform(0, 0.8)], np.float32)
         solids.append(Sphere(centre, radius, random_texture(rng, 0.7)))
     light = rng.normal(size=3)
     light[2] = abs(light[2]) + 0.5
     light = (light / np.linalg.norm(light)).astype(np.float32)
-    return Room(half, tuple(random_texture(rng) for _ in range(6)), tuple(solids), light)
+    return Room(half, tuple(random_texture(rng, kind.wall_scale) for _ in range(6)), tuple(solids), light)
 
 
 def _sample_cameras(rng: np.random.Generator, room: Room, views: int, sector: float) -> FloatArray:

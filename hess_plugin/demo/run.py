@@ -11,8 +11,12 @@ import torch
 
 from hess_plugin import __version__
 from hess_plugin.calibration.calibrator import calibrate
-from hess_plugin.evaluation.comparison import Arm, Measurement, Summary, compare, summarise, write_csv
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
+from hess_plugin.evaluation.metrics import MetricSettings
 from hess_plugin.evaluation.plots import head_sensitivity_map, trade_off
+from hess_plugin.evaluation.records import Measurement, write_csv
+from hess_plugin.evaluation.statistics import Summary, summarise
 from hess_plugin.evaluation.tables import comparison_table
 from hess_plugin.files import write_bytes
 from hess_plugin.machine import describe_machine
@@ -102,6 +106,7 @@ def _run(folder: Path, settings: DemoSettings, note: Progress) -> DemoResult:
         RoomScenes("test", settings.test, settings.views),
         arms,
         profile=profile,
+        metrics=MetricSettings(max_points=10_000),  # clouds are not shown: no time for them
         block_q=settings.block,
         block_k=settings.block,
         progress=lambda scene, arm: note("measure", next(done), runs, f"{scene} {arm}"),

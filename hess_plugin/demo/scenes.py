@@ -18,7 +18,8 @@ class RoomScenes(Sequence["Scene"]):
         """Name the rooms.
 
         Args:
-            split: ``validation``, ``calibration`` or ``test``; splits share no room.
+            split: ``validation``, ``calibration``, ``test``, ``hall-calibration`` or ``hall-test``; splits share no
+                room.
             count: number of rooms.
             views: images of each.
         """

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hess_plugin.exceptions import HessError, MissingDependency
-from hess_plugin.files import atomic_path
 from hess_plugin.scoring import Scoring, error_shares, head_scores
+
+from .canvas import new_figure as _figure
+from .canvas import plain
+from .canvas import save_figure as _save
+from .shown import DENSE, SHOWN, looks
 
 if TYPE_CHECKING:
     from hess_plugin.agreement import Agreement
     from hess_plugin.profiles import Profile
 
-    from .comparison import Summary
-
-_COLOURS = {"dense": "black", "uniform": "tab:blue", "hess": "tab:red", "reverse": "tab:green"}
+    from .statistics import Summary
 
 
 def head_sensitivity_map(profile: Profile, path: str | Path, scoring: Scoring | None = None) -> None:
@@ -87,57 +89,122 @@ def _heat_maps(figure: Any, axes: Sequence[Any], panels: Sequence[tuple[str, Ten
     figure.colorbar(image, ax=axes, label="share of the layer", pad=0.01, aspect=30)
 
 
-def trade_off(summaries: Sequence[Summary], path: str | Path, caption: str = "") -> None:
-    """Draw accuracy against measured sparsity, one line for each arm (the picture of HeSS, fig. 6).
+def trade_off(
+    summaries: Sequence[Summary],
+    path: str | Path,
+    caption: str = "",
+    metrics: Sequence[str] = ("auc30", "point_error"),
+) -> None:
+    """Draw metrics against measured sparsity, one panel a metric, one line an arm (the picture of HeSS, fig. 6).
 
     Bars are one standard error of the paired difference to dense: what sparsity did to the same scenes.
+
+    Args:
+        summaries: of every arm at every row, and of dense where it was measured.
+        path: PNG file to write.
+        caption: put above.
+        metrics: what to draw.
     """
-    panels = (("auc30", 100.0, "camera AUC@30, points (higher is better)"), ("point_error", 1.0, "point error (lower)"))
-    figure = _figure(10, 4.6)
-    axes = figure.subplots(1, len(panels))
+    figure = _figure(5.2 * len(metrics), 4.6)
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     dense = next((s for s in summaries if s.arm == "dense"), None)
-    for axis, (metric, factor, label) in zip(axes, panels, strict=True):
-        for arm in dict.fromkeys(s.arm for s in summaries if s.target > 0.0):
-            points = sorted((s for s in summaries if s.arm == arm), key=lambda s: s.target)
-            bars = [s.against.get("dense", s.value).error[metric] * factor for s in points]
-            axis.errorbar(
-                [s.value.mean["sparsity"] for s in points],
-                [s.value.mean[metric] * factor for s in points],
-                yerr=bars,
-                label=arm,
-                color=_COLOURS.get(arm),
-                marker="o",
-                capsize=3,
-            )
-        if dense is not None:
-            axis.axhline(
-                dense.value.mean[metric] * factor, color=_COLOURS["dense"], linestyle="--", linewidth=1, label="dense"
-            )
-        axis.set_xlabel("measured sparsity (dropped share of patch-block pairs)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    text = f"{caption} Bars: one standard error of the paired difference to dense.".strip()
-    figure.suptitle(textwrap.fill(text, 150), fontsize=8)
+    arms = [arm for arm in dict.fromkeys(s.arm for s in summaries) if arm != "dense"]
+    for axis, metric in zip(axes, metrics, strict=True):
+        lines = {arm: [_against_dense(s, metric) for s in summaries if s.arm == arm] for arm in arms}
+        _curves(axis, lines, SHOWN[metric].factor)
+        if dense is not None and not math.isnan(dense.value.mean[metric]):
+            height = dense.value.mean[metric] * SHOWN[metric].factor
+            axis.axhline(height, color=DENSE.colour, linestyle=DENSE.line, linewidth=1, label="dense")
+        axis.set_ylabel(SHOWN[metric].label())
+    _legend(figure, axes)
+    if caption:
+        text = f"{caption} Bars: one standard error of the paired difference to dense."
+        figure.suptitle(textwrap.fill(text, 30 * math.ceil(5.2 * len(metrics) / 2)), fontsize=8)
     _save(figure, path)
+
+
+Point = tuple[float, float, float]
+"""Measured sparsity, a figure, and its standard error (NaN where it has none)."""
+
+
+def difference_plot(lines: Mapping[str, Sequence[Point]], path: str | Path, metric: str, baseline: str) -> None:
+    """Draw a metric minus that of a baseline, paired by scene, against measured sparsity.
+
+    Args:
+        lines: by arm, in any order of sparsity.
+        path: PNG file to write.
+        metric: which one.
+        baseline: the arm that was taken off, drawn as the line at 0.
+    """
+    figure = _figure(5.2, 4.6)
+    axis = figure.subplots()
+    _curves(axis, lines, SHOWN[metric].factor)
+    line = looks([baseline])[baseline]
+    axis.axhline(0.0, color=line.colour, linewidth=1.5, label=plain(baseline))
+    axis.set_ylabel(plain(SHOWN[metric].label(f" minus {baseline}")))
+    _legend(figure, [axis])
+    _save(figure, path)
+
+
+def layer_map(layers: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """Draw the measured sparsity of every layer, arms downwards.
+
+    Args:
+        layers: by arm, one number for each layer, as many for all.
+        path: PNG file to write.
+    """
+    values = torch.tensor([list(row) for row in layers.values()], dtype=torch.float64)
+    figure = _figure(max(5.2, 2.2 + 0.34 * values.shape[1]), 1.5 + 0.3 * len(values))
+    axis = figure.subplots()
+    image = axis.imshow(values.numpy(), aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
+    for row, column in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist():
+        value = values[row, column].item()
+        colour = "black" if value > 0.6 else "white"
+        axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_yticks(range(len(layers)), [plain(arm) for arm in layers])
+    axis.set_xticks(_ticks(values.shape[1]))
+    axis.set_xlabel("global attention layer")
+    figure.colorbar(image, ax=axis, label="sparsity", pad=0.01, ticks=(0, 0.5, 1))
+    _save(figure, path)
+
+
+def _against_dense(summary: Summary, metric: str) -> Point:
+    error = summary.against.get("dense", summary.value).error[metric]
+    return summary.value.mean["sparsity"], summary.value.mean[metric], error
+
+
+def _curves(axis: Any, lines: Mapping[str, Sequence[Point]], factor: float) -> None:
+    """Draw one line an arm with its error bars; an arm of which nothing is known is left out."""
+    for arm, look in looks(lines).items():
+        points = sorted(point for point in lines[arm] if not math.isnan(point[1]))
+        if not points:
+            continue
+        x, y, bars = zip(*points, strict=True)
+        axis.errorbar(
+            x,
+            [factor * value for value in y],
+            # A missing bar is a bar of no length: matplotlib warns of NaN.
+            yerr=[0.0 if math.isnan(bar) else factor * bar for bar in bars],
+            label=plain(arm),
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
+            markerfacecolor=look.colour if look.line == "-" else "none",
+            markersize=5,
+            linewidth=1.4,
+            capsize=2.5,
+        )
+    axis.set_xlabel("measured sparsity (dropped share of patch-block pairs)")
+    axis.grid(alpha=0.3)
+
+
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels, below them, where it hides no line."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        shape: dict[str, Any] = {"ncols": 3 * len(axes), "fontsize": 9, "frameon": False}
+        figure.legend(found.values(), found.keys(), loc="outside lower center", **shape)
 
 
 def _ticks(count: int) -> list[int]:
     return list(range(0, count, max(1, count // 12)))
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    if Path(path).suffix.lower() != ".png":
-        raise HessError(f"{path} cannot be written: pictures are PNG files; end the name with .png.")
-    with atomic_path(path) as temporary:
-        # No version inside: the same figures give the same file.
-        figure.savefig(temporary, dpi=130, metadata={"Software": None})
-
-
-def _figure(width: float, height: float) -> Any:
-    """Make a figure without pyplot, whose global state and backend belong to the user."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependency("pictures need matplotlib; pip install matplotlib.") from error
-    return Figure(figsize=(width, height), layout="constrained")

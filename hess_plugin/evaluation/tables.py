@@ -8,23 +8,39 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hess_plugin.break_even import break_evens
 from hess_plugin.scoring import ERROR_NAMES, Scoring, error_shares, head_scores
 from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
 from hess_plugin.verdict import judge
+from hess_plugin.verified_profiles import verified_lines
 
 if TYPE_CHECKING:
     from hess_plugin.agreement import Agreement
     from hess_plugin.profiles import Profile
 
-    from .comparison import Summary
+    from .statistics import Summary
 
-# metric, heading, factor, decimals
-_COLUMNS = (
+Column = tuple[str, str, float, int]
+"""Metric, heading, factor, decimals."""
+_MIXED: tuple[Column, ...] = (
     ("auc30", "AUC@30", 100.0, 1),
     ("ate", "ATE", 1.0, 4),
     ("point_error", "point error", 1.0, 4),
     ("sparsity", "sparsity", 1.0, 4),
     ("seconds", "seconds", 1.0, 3),
+)
+_CAMERAS: tuple[Column, ...] = (
+    ("sparsity", "sparsity", 1.0, 4),
+    *((f"auc{degrees}", f"AUC@{degrees}", 100.0, 1) for degrees in (30, 15, 5, 3)),
+    ("ate", "ATE", 1.0, 4),
+    ("seconds", "seconds", 1.0, 3),
+)
+_CLOUDS: tuple[Column, ...] = (
+    ("point_error", "point error", 1.0, 4),
+    ("accuracy", "accuracy", 1.0, 4),
+    ("completeness", "completeness", 1.0, 4),
+    ("chamfer", "Chamfer", 1.0, 4),
+    ("f1", "F1", 1.0, 3),
 )
 
 
@@ -34,17 +50,35 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
     AUC is in points (0 to 100); ATE and point error are in units of the normalised scene (mean distance of
     true points to the first camera is 1).
     """
-    headings = ["arm", "target", *(heading for _, heading, _, _ in _COLUMNS), "AUC@30 - uniform"]
+    return _table(summaries, _MIXED, ("auc30", "AUC@30 - uniform", 100.0, 1))
+
+
+def camera_table(summaries: Sequence[Summary]) -> str:
+    """Format what was measured of cameras, AUC in points; paired against uniform."""
+    return _table(summaries, _CAMERAS, ("auc30", "AUC@30 - uniform", 100.0, 1))
+
+
+def cloud_table(summaries: Sequence[Summary]) -> str | None:
+    """Format what was measured of clouds, paired against uniform; None where no scene has a true cloud."""
+    columns = [column for column in _CLOUDS if any(not math.isnan(s.value.mean[column[0]]) for s in summaries)]
+    if not columns:
+        return None
+    metric = "point_error" if columns[0][0] == "point_error" else "chamfer"
+    return _table(summaries, columns, (metric, f"{metric.replace('_', ' ').replace('ch', 'Ch')} - uniform", 1.0, 4))
+
+
+def _table(summaries: Sequence[Summary], columns: Sequence[Column], paired: Column) -> str:
+    headings = ["arm", "target", *(heading for _, heading, _, _ in columns), paired[1]]
     rows = [headings, ["---"] * len(headings)]
-    for s in sorted(summaries, key=lambda s: s.target):
-        cells = [s.arm, f"{s.target:g}"]
-        for metric, _, factor, decimals in _COLUMNS:
+    for s in sorted(summaries, key=lambda s: math.inf if math.isnan(s.target) else s.target):
+        cells = [s.arm, s.row]
+        for metric, _, factor, decimals in columns:
             cells.append(_with_error(s.value.mean[metric] * factor, s.value.error[metric] * factor, decimals))
-        uniform = s.against.get("uniform")
+        uniform, (metric, _, factor, decimals) = s.against.get("uniform"), paired
         cells.append(
             ""
             if uniform is None
-            else _with_error(100 * uniform.mean["auc30"], 100 * uniform.error["auc30"], 1, signed=True)
+            else _with_error(factor * uniform.mean[metric], factor * uniform.error[metric], decimals, signed=True)
         )
         rows.append(cells)
     widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
@@ -92,6 +126,8 @@ def profile_summary(
         lines += _head_lines(profile, chosen, scores, shares, sample)
     lines.append(_stability_line(profile, split_half(profile, scoring, seed=seed)))
     lines.append(f"verdict: {judge(profile, scoring, sample).text}")
+    lines += verified_lines(profile)
+    lines += [f"break-even: {one.describe()}" for one in break_evens(profile)]
     return "\n".join(lines)
 
 
@@ -109,7 +145,7 @@ def _provenance(profile: Profile) -> list[str]:
         f"weights fingerprint {profile.fingerprint}",
     ]
     for key, value in sorted(profile.metadata.items()):
-        if key != "measured" and value not in (None, "", {}, []):
+        if key not in ("measured", "verdicts", "break_even") and value not in (None, "", {}, []):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"{key}: {text}")
     for name, facts in profile.metadata.get("measured", {}).items():

@@ -33,6 +33,8 @@ def check_scene(scene: Scene) -> None:
         _check_finite(name, "points", scene.points)
     if not 0 < scene.scale < float("inf"):
         raise SceneError(f"Scene {name}: scale is {scene.scale}, a positive number was wanted.")
+    if scene.to_recorded is not None:
+        _check_shape(name, "to_recorded", scene.to_recorded, (4, 4))
 
 
 def check_images(name: str, images: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import overload
 from hess_plugin.exceptions import SceneError
 from hess_plugin.framing import Framing
 from hess_plugin.scenes.choice import choose
-from hess_plugin.scenes.formats import co3d, colmap, eth3d, mvsnet, photos, seven_scenes, tum
+from hess_plugin.scenes.formats import co3d, colmap, eth3d, mvsnet, photos, rooms, seven_scenes, tum
 from hess_plugin.scenes.formats.folder import find_sources as find_folder_sources
 from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.scene import Scene
@@ -31,12 +31,14 @@ class SceneFormat:
         layout: what the folder holds, for messages and the README.
         options: names that ``FORMAT:FOLDER,name=value`` may set, and what they mean.
         truth: whether its scenes have true cameras.
+        folder: whether what follows the name is a folder, which must exist.
     """
 
     find: Callable[..., Sequence[SceneSource]]
     layout: str
     options: dict[str, str]
     truth: bool = True
+    folder: bool = True
 
 
 FORMATS: dict[str, SceneFormat] = {
@@ -48,6 +50,9 @@ FORMATS: dict[str, SceneFormat] = {
     "dtu": SceneFormat(mvsnet.find_sources, "MVSNet's layout: images/ and cams/, or Rectified/", mvsnet.OPTIONS),
     "7scenes": SceneFormat(seven_scenes.find_sources, "7-Scenes sequences seq-01/, ...", seven_scenes.OPTIONS),
     "tum": SceneFormat(tum.find_sources, "TUM RGB-D scenes with rgb.txt and groundtruth.txt", tum.OPTIONS),
+    "rooms": SceneFormat(
+        rooms.find_sources, "the demo's synthetic rooms; a split for a folder", rooms.OPTIONS, folder=False
+    ),
 }
 
 
@@ -134,7 +139,7 @@ def _find(spec: str) -> Sequence[SceneSource]:
         allowed = ", ".join(form.options) or "none"
         raise SceneError(f"Scenes {spec!r} set {wrong[0]!r}; the options of {name} are: {allowed}.")
     folder = Path(where).expanduser()
-    if not folder.exists():
+    if form.folder and not folder.exists():
         raise SceneError(f"Scene folder {folder} does not exist; give a folder that holds {form.layout}.")
     return form.find(folder, **options)
 

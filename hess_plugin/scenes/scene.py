@@ -29,6 +29,8 @@ class Scene(Pictures):
         depth: z-depth `[S, H, W]` in the units of the poses, 0 = not known; or None.
         points: true point cloud `[M, 3]` in the world frame; or None.
         scale: length of one unit of this scene in the unit it was read in (1 until `normalised`).
+        to_recorded: `[4, 4]` float64 on the CPU, maps world coordinates of this scene to those it was read in, unit
+            included; None where they are the same (until `normalised`).
 
     Raises:
         SceneError: naming the scene and the field that is wrong.
@@ -41,6 +43,7 @@ class Scene(Pictures):
     depth: Tensor | None = None
     points: Tensor | None = None
     scale: float = 1.0
+    to_recorded: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_scene(self)
@@ -92,9 +95,12 @@ class Scene(Pictures):
         return length
 
     def normalised(self) -> Scene:
-        """The scene in its first camera's frame with `unit_length` 1; `scale` records what was divided."""
+        """The scene in its first camera's frame with `unit_length` 1; `scale` and `to_recorded` lead back."""
         length = self.unit_length()
         to_first = invert_rigid(self.c2w[0].double())
+        # The inverse of what is applied: the recorded pose itself is not quite rigid where it comes from text.
+        back = torch.linalg.inv(to_first.cpu())
+        back[:3, :3] *= length
         c2w = to_first @ self.c2w.double()
         c2w[:, :3, 3] /= length
         points = None
@@ -108,6 +114,7 @@ class Scene(Pictures):
             depth=None if self.depth is None else self.depth / length,
             points=points,
             scale=self.scale * length,
+            to_recorded=back if self.to_recorded is None else self.to_recorded @ back,
         )
 
     def subset(self, indices: Sequence[int] | Tensor) -> Scene:

@@ -7,7 +7,9 @@ import pytest
 from hess_plugin import calibrate
 from hess_plugin.demo.model import load_demo_model
 from hess_plugin.demo.scenes import RoomScenes
-from hess_plugin.evaluation.comparison import Arm, compare, summarise
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
+from hess_plugin.evaluation.statistics import summarise
 
 SCENES = 24
 

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from hess_plugin import PatchError, Profile, ProfileError, calibrate
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.scenes import RoomScenes
-from hess_plugin.evaluation.comparison import METRICS, Arm, Measurement, compare, summarise, write_csv
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
 from hess_plugin.evaluation.plots import head_sensitivity_map, trade_off
+from hess_plugin.evaluation.records import METRICS, Measurement, write_csv
+from hess_plugin.evaluation.statistics import summarise
 from hess_plugin.evaluation.tables import comparison_table, profile_summary
 from hess_plugin.interception import is_intercepted
 
@@ -85,9 +88,9 @@ def test_a_score_that_cannot_be_made_is_refused_before_the_first_forward(tiny_mo
     )
 )
 def test_summaries_equal_the_formulas(values: list[list[float]]) -> None:
-    arms = [("dense", 0.0), ("uniform", 0.5), ("hess", 0.5)]
+    arms = [("dense", "0"), ("uniform", "0.5"), ("hess", "0.5")]
     rows = [
-        Measurement(f"s{i}", arm, target, *([value] * len(METRICS)))
+        Measurement(f"s{i}", target, arm, *([value] * len(METRICS)))
         for (arm, target), column in zip(arms, values, strict=True)
         for i, value in enumerate(column)
     ]

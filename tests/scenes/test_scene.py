@@ -37,6 +37,21 @@ def test_normalising_twice_changes_nothing(make_scene: MakeScene) -> None:
     assert twice.scale == pytest.approx(once.scale, rel=1e-6)
 
 
+def test_a_normalised_scene_leads_back_to_what_was_read(make_scene: MakeScene) -> None:
+    scene = make_scene(points=True)
+    assert scene.to_recorded is None and scene.points is not None
+    c2w = scene.c2w.clone()
+    c2w[0, 0, :3] *= 1 + 2e-5  # poses from text are not quite rigid
+    scene = replace(scene, c2w=c2w, points=scene.points.double())
+    once = scene.normalised()
+    for unit in (once, once.subset([0, 2, 1]), once.subset([2, 0]).normalised()):
+        assert unit.to_recorded is not None and unit.points is not None and scene.points is not None
+        linear, shift = unit.to_recorded[:3, :3], unit.to_recorded[:3, 3]
+        torch.testing.assert_close(unit.points @ linear.T + shift, scene.points, rtol=0, atol=1e-12)
+        assert float(torch.linalg.det(linear)) ** (1 / 3) == pytest.approx(unit.scale, rel=1e-3)
+    torch.testing.assert_close(once.centres @ once.to_recorded[:3, :3].T + once.to_recorded[:3, 3], scene.centres)
+
+
 def test_a_pose_only_scene_is_scaled_by_its_cameras(make_scene: MakeScene) -> None:
     unit = make_scene(depth=False).normalised()
     assert float(unit.centres[1:].norm(dim=-1).mean()) == pytest.approx(1)

@@ -33,12 +33,14 @@ class DtuVolume:
         corner: centre of the first cell `[3]` float64, millimetres.
         spacing: distance of two cells, millimetres.
         plane: `[4]` float64; points of the table have ``plane . (x, y, z, 1) = 0``, those above it more.
+        opposite: the other corner of the volume's box `[3]` float64, millimetres.
     """
 
     observed: Tensor
     corner: Tensor
     spacing: float
     plane: Tensor
+    opposite: Tensor
 
     def observable(self, points: Tensor) -> Tensor:
         """Which of `[M, 3]` points lie in an observed cell, bool `[M]`: where accuracy is measured."""
@@ -76,9 +78,8 @@ def read_volume(folder: Path, scan: int) -> DtuVolume | None:
     if observed.ndim != 3 or not observed.size or not spacing > 0:
         raise SceneError(f"DTU file {mask}: ObsMask is {observed.shape}, Res is {spacing}; copy it again.")
     normal = _shaped(plane, "P", table["P"], (4,))
-    return DtuVolume(
-        torch.from_numpy(observed != 0), torch.from_numpy(box[0].copy()), spacing, torch.from_numpy(normal)
-    )
+    corner, opposite = (torch.from_numpy(end.copy()) for end in box)
+    return DtuVolume(torch.from_numpy(observed != 0), corner, spacing, torch.from_numpy(normal), opposite)
 
 
 def read_truth(folder: Path, scan: int) -> Tensor:

@@ -81,7 +81,8 @@ def test_the_volume_is_that_of_the_twin(points: list[tuple[float, float, float]]
     random = torch.Generator().manual_seed(seed)
     observed = torch.rand(3, 4, 5, generator=random) < 0.5
     corner = torch.tensor([-4.0, 0.0, 3.0], dtype=torch.float64)
-    volume = DtuVolume(observed, corner, spacing, torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64))
+    plane = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)
+    volume = DtuVolume(observed, corner, spacing, plane, corner + 4 * spacing)
     inside, above = volume.observable(torch.tensor(points)), volume.above_plane(torch.tensor(points))
     for point, is_inside, is_above in zip(points, inside.tolist(), above.tolist(), strict=True):
         # The Matlab code's index, from 1: round((p - BB(1, :)) / Res + 1), halves away from zero.
