@@ -37,10 +37,10 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .geometry import quaternion_to_matrix as quaternion_to_matrix
     from .geometry import to_world as to_world
     from .geometry import unproject as unproject
+    from .handle import Patch as Patch
     from .hookspecs import hookimpl as hookimpl
     from .loading import import_upstream as import_upstream
     from .loading import load_weights as load_weights
-    from .patching import Patch as Patch
     from .patching import patch as patch
     from .patching import unpatch as unpatch
     from .plugins import get_plugin_manager as get_plugin_manager
@@ -72,9 +72,10 @@ _HOME = {
     ),
     "framing": ("Framing",),
     "geometry": ("Similarity", "invert_rigid", "quaternion_to_matrix", "to_world", "unproject"),
+    "handle": ("Patch",),
     "hookspecs": ("hookimpl",),
     "loading": ("import_upstream", "load_weights"),
-    "patching": ("Patch", "patch", "unpatch"),
+    "patching": ("patch", "unpatch"),
     "plugins": ("get_plugin_manager", "resolve_adapter"),
     "predictions": ("Prediction",),
     "profiles": ("Profile",),

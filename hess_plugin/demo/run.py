@@ -106,7 +106,7 @@ def _run(folder: Path, settings: DemoSettings, note: Progress) -> DemoResult:
         RoomScenes("test", settings.test, settings.views),
         arms,
         profile=profile,
-        metrics=MetricSettings(max_points=10_000),  # clouds are not shown: no time for them
+        metrics=MetricSettings(clouds=False),  # the table does not show them
         block_q=settings.block,
         block_k=settings.block,
         progress=lambda scene, arm: note("measure", next(done), runs, f"{scene} {arm}"),

@@ -37,6 +37,7 @@ class MetricSettings:
             thinner cloud: both distances grow by about the gap between the points that are left, so compare figures
             of one `max_points` only. DTU's protocol has its own thinning and takes all points.
         dtu: measure clouds by DTU's protocol, in millimetres.
+        clouds: whether to search nearest neighbours at all; without, accuracy, completeness, Chamfer and F1 are NaN.
 
     Raises:
         PatchError: naming the setting that is wrong.
@@ -47,6 +48,7 @@ class MetricSettings:
     min_confidence: float | None = None
     max_points: int = 200_000
     dtu: DtuProtocol | None = None
+    clouds: bool = True
 
     def __post_init__(self) -> None:
         if not _is_number(self.threshold) or not 0 < self.threshold < math.inf:
@@ -158,7 +160,7 @@ def _clouds(
         points = prediction.points.detach()[prediction.confident]
         points = _recorded(similarity.apply(points.to("cpu", torch.float64)), scene)
         return settings.dtu.measure(points, scan, settings.threshold * scene.scale)
-    true = scene.cloud()
+    true = scene.cloud() if settings.clouds else None
     if true is None:
         return CloudScores(*[math.nan] * 6)
     points = prediction.points.detach()[prediction.confident & _in_reach(prediction, scene)]

@@ -84,16 +84,17 @@ def protocol(results: SweepResults) -> dict[str, str]:
         "Alignment": f"For all but AUC and ATE, asked for: {ALIGNMENT_WORDS.get(asked, asked)}. Done: {done}.",
     }
     if results.known(("chamfer",)):
-        threshold, least = plan.get("threshold", default.threshold), plan.get("min_confidence")
+        least = plan.get("min_confidence")
         sure = "the adapter's threshold" if least is None else f"{least:g}"
         found["Clouds"] = (
-            f"F1 counts points within {threshold:g} mean distances of true points to the first camera. Predicted "
-            f"points of confidence below {sure} do not count, but for the point error. "
+            f"F1 counts points within {plan.get('threshold', default.threshold):g} {'mm' if dtu else 'units'} of the "
+            f"other cloud. Predicted points of confidence below {sure} do not count, but for the point error"
         ) + (
-            "Distances are taken by DTU's protocol: prediction thinned to 0.2 mm, observed volume, above the table, "
+            ". Distances are taken by DTU's protocol: prediction thinned to 0.2 mm, observed volume, above the table, "
             "distances of 20 mm and more left out."
             if dtu
-            else f"At most {default.max_points} points of a cloud are drawn, with a fixed seed."
+            else ", nor, where depth maps are the truth, those of pixels without depth. At most "
+            f"{plan.get('max_points', default.max_points)} points of a cloud are drawn, with a fixed seed."
         )
     return found | {
         "Sparsity": (

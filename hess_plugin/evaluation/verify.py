@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 import pluggy
 import torch
@@ -29,8 +28,7 @@ from .metrics import MetricSettings
 from .records import Measurement
 
 # Neighbours of whole clouds are most of the time of a measurement, and no verdict goes by them.
-_WITHOUT_CLOUDS = MetricSettings(max_points=1)
-_CLOUDS: dict[str, Any] = dict.fromkeys(("accuracy", "completeness", "chamfer", "f1"), math.nan)
+_WITHOUT_CLOUDS = MetricSettings(clouds=False)
 
 
 class HeldOut(Sequence[Scene]):
@@ -156,7 +154,6 @@ def verify(
         block_k=block_k,
         **asdict(scoring),
     )
-    rows = [replace(row, **_CLOUDS) for row in rows]
     found = []
     for sparsity in dict.fromkeys(sparsities):
         columns = _columns(rows, sparsity)

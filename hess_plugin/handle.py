@@ -1,0 +1,65 @@
+"""The handle of a patched model."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+from types import TracebackType
+
+from .attention import SiteAttention
+from .report import PatchReport
+from .scoring import Scoring
+from .settings import Settings
+
+
+class Patch:
+    """The handle of one patched model: a context manager, a report and the undo.
+
+    Made by `patch`. `remove` gives the model back exactly as it was; it may be called any number of times.
+    """
+
+    def __init__(
+        self,
+        attentions: list[SiteAttention],
+        settings: Settings,
+        backend: str,
+        scoring: Scoring | None,
+        stepped_aside: str | None = None,
+    ) -> None:
+        self._attentions = attentions
+        self._settings = settings
+        self._scoring = scoring
+        self._stepped_aside = stepped_aside
+        self._backend = backend
+        self._undo = contextlib.ExitStack()
+        self._active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched by this handle."""
+        return self._active
+
+    def remove(self) -> None:
+        """Undo the patch; a second call does nothing."""
+        self._active = False
+        self._undo.close()
+
+    def report(self) -> PatchReport:
+        """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
+        settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
+        settings |= {} if self._scoring is None else asdict(self._scoring)
+        settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
+        sites = tuple(attention.tally.report() for attention in self._attentions)
+        return PatchReport(sites, self._backend, self._settings.allocation, settings)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self._active else "removed"
+        return f"<Patch of {len(self._attentions)} sites, allocation {self._settings.allocation}, {state}>"
