@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .ablations import PRUNING_ARMS
 from .cloud_drawing import draw_clouds
 from .cloud_picture import Clouds
 from .plots import Point, difference_plot, head_sensitivity_map, layer_map, trade_off
@@ -13,8 +14,9 @@ from .shown import SHOWN
 from .sweep_results import CLOUDS, SweepResults
 
 CURVES = ("auc30", "auc5", "ate", "point_error", "chamfer", "f1")
+PRUNING = ("auc30", "point_error")
 DIFFERENCES = ("auc30", "auc5", "point_error", "chamfer")
-SECTIONS = ("heads", "curves", "against", "ablations", "layers", "clouds")
+SECTIONS = ("heads", "curves", "against", "ablations", "pruning", "layers", "clouds")
 _ABLATION = "hess "  # how the names of arms with another score begin
 
 
@@ -54,12 +56,18 @@ def draw_pictures(results: SweepResults, stem: Path, threshold: float | None = N
         head_sensitivity_map(results.profile, path := file("heads"))
         yield Picture("heads", path, "Heat map of the score of every head, layers downwards.", wide=True)
     names = list(dict.fromkeys(s.arm for s in results.summaries if s.arm != "dense"))
-    main = [name for name in names if not name.startswith(_ABLATION)]
+    # Pruned heads cost so much that on one axis with them the other arms would fall together.
+    pruned = [name for name in names if name in PRUNING_ARMS]
+    main = [name for name in names if not name.startswith(_ABLATION) and name not in pruned]
     ablations = [name for name in names if name.startswith(_ABLATION)]
-    chosen = [s for s in results.summaries if s.arm in main or s.arm == "dense"]
-    for metric in results.known(CURVES) if main else ():
-        trade_off(chosen, path := file(metric), metrics=(metric,))
-        yield Picture("curves", path, f"{SHOWN[metric].heading} against measured sparsity, one line an arm.")
+    for section, arms, metrics in (
+        ("curves", main, results.known(CURVES)),
+        ("pruning", [*(name for name in ("uniform", "hess") if name in main), *pruned], results.known(PRUNING)),
+    ):
+        chosen = [s for s in results.summaries if s.arm in arms or s.arm == "dense"]
+        for metric in metrics if arms and (section == "curves" or pruned) else ():
+            trade_off(chosen, path := file(metric if section == "curves" else f"{section}-{metric}"), metrics=(metric,))
+            yield Picture(section, path, f"{SHOWN[metric].heading} against measured sparsity, one line an arm.")
     baseline = "hess" if "hess" in main else "uniform"
     for section, arms, base in (
         ("against", main, "uniform"),

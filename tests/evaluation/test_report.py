@@ -197,6 +197,15 @@ def test_there_is_a_picture_of_everything_that_was_measured(full: Path, cameras:
     assert names == {"layers", "auc30", "auc5", "ate", "against-auc30", "against-auc5"}
 
 
+def test_pruned_heads_have_pictures_of_their_own(tmp_path: Path) -> None:
+    """On one axis with them the other arms would fall together."""
+    path = sweep(tmp_path / "s", 2, POSES, arms=("uniform", "hess", "kwon"))
+    write_report(path)
+    names = {file.name.removeprefix("report-").removesuffix(".png") for file in path.glob("report-*.png")}
+    assert names == {"layers", "auc30", "auc5", "ate", "against-auc30", "against-auc5", "pruning-auc30"}
+    assert "Pruning whole heads" in (path / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_table_holds_the_figures_of_the_cells(folder: Path) -> None:
     page = Page(folder / "report.html")
     head, *body = page.cells
