@@ -44,10 +44,10 @@ class Claim:
 
 CLAIMS = (
     Claim("HeSS beats uniform budgets above sparsity .5", "hess", ("uniform", "equal"), above=0.5),
-    Claim("... and at or below .5", "hess", ("uniform",), up_to=0.5),
+    Claim("... and at or below .5", "hess", ("uniform", "equal"), up_to=0.5),
     Claim("Reversed HeSS collapses", "uniform", ("reverse",)),
     Claim("The right heads, not unequal budgets: shuffled scores are worse", "hess", ("random",)),
-    Claim("Both errors are needed (lambda .5 beats 0 and 1)", "hess", ("hess camera 0", "hess camera 1")),
+    Claim("Both errors are needed (the profile's lambda beats 0 and 1)", "hess", ("hess camera 0", "hess camera 1")),
     Claim("W_Q is best", "hess", ("hess W_K", "hess W_V")),
     Claim("Capping is needed", "hess", ("uncapped",)),
     Claim("Sum normalisation is best", "hess", ("hess raw", "hess linear", "hess softmax", "hess log")),
@@ -135,7 +135,7 @@ def _judged_row(better: Cell, worse: Cell, tally: dict[str, int]) -> list[str]:
 
 
 def _word(gain: float, error: float) -> str:
-    if math.isnan(gain) or abs(gain) <= SURE * error or error == gain == 0:
+    if math.isnan(gain) or math.isnan(error) or abs(gain) <= SURE * error:  # one scene has no error
         return "open"
     return "hold" if gain > 0 else "fail"
 

@@ -15,7 +15,7 @@ OUTCOMES = ("helps", "harms", "mixed", "undecided")
 ARMS = ("dense", "uniform", "hess")
 METRICS = ("auc30", "auc5", "point_error")
 LEVEL = 0.95  # of all tested metrics together
-MIN_SCENES = 4  # fewer say too little about their own spread to judge by
+MIN_SCENES = 8  # fewer say too little about their own spread to judge by
 MOST_SCENES = 10_000  # a difference that needs more matters to nobody
 _CHANCE = 0.8416  # normal quantile of 0.8: so likely the number of scenes given as enough is enough
 
@@ -81,9 +81,12 @@ class Verification:
     A metric is *better* or *worse* where the interval of its paired difference to uniform does not hold 0. The
     intervals are Student's t, two-sided. AUC@30 and the point error are two chances to find a difference by mere
     luck, so each interval is taken at 97.5 % (Bonferroni): no more than one in twenty profiles that change neither is
-    then given another outcome than ``undecided``. ``helps``: something is better and nothing worse; ``harms``:
-    something is worse and nothing better; ``mixed``: both; ``undecided``: neither. A metric that fewer than
-    `MIN_SCENES` scenes have is not tested; where none is, the outcome is ``undecided``.
+    then given another outcome than ``undecided``, if differences of scenes are about normal. Where a few scenes
+    differ far more than the rest, few scenes mislead more often; 20 or more are advised.
+
+    ``helps``: something is better and nothing worse; ``harms``: something is worse and nothing better; ``mixed``: both;
+    ``undecided``: neither. A metric that fewer than `MIN_SCENES` scenes have is not tested, nor one that a scene has
+    with one kind of budgets alone; where none is, the outcome is ``undecided``.
 
     Attributes:
         sparsity: asked for.

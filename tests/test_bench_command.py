@@ -145,6 +145,15 @@ def test_the_break_even_is_recorded_and_followed(
     assert "break_even" not in shown and "timings" not in shown
 
 
+def test_a_link_to_the_profile_stays_one(
+    invoke: Invoke, profile: Path, made_up: dict[str, float], tmp_path: Path
+) -> None:
+    link = tmp_path / "link.hess"
+    link.symlink_to(profile)
+    invoke("bench", "--model", "demo", "--end-to-end", "--profile", link, "--max-views", 4, *SMALL)
+    assert link.is_symlink() and len(break_evens(Profile.load(profile))) == 1
+
+
 def test_the_search_ends_at_what_takes_too_long_and_says_so(invoke: Invoke, made_up: dict[str, float]) -> None:
     made_up.update({"from": 3, "limit": 20})
     result = invoke("bench", "--model", "demo", "--end-to-end")

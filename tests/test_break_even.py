@@ -29,6 +29,9 @@ from hess_plugin.break_even import (
     smallest_paying,
 )
 from hess_plugin.demo.model import TinyVGGT
+from hess_plugin.demo.scenes import RoomScenes
+from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation.comparison import compare
 from hess_plugin.machine import machine_key
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import weights_fingerprint
@@ -257,6 +260,16 @@ def test_autocast_in_force_goes_first_and_others_count_where_there_is_none(tiny_
 
 
 # ---------------------------------------------------------------- the dense path
+
+
+def test_an_evaluation_measures_what_was_asked_for_all_the_same(tiny_model: TinyVGGT) -> None:
+    profile = profile_of(tiny_model, entry({1: 1.2, 100: 1.3}))
+    with patch(tiny_model, profile=profile, sparsity=0.6, **BLOCKS) as handle:
+        assert handle.report().settings["dense_below"] > 4 * PATCHES
+    rows = compare(
+        tiny_model, RoomScenes("test", 1, 4), [Arm(n, 0.6, n) for n in ("equal", "hess")], profile=profile, **BLOCKS
+    )
+    assert [row.sparsity for row in rows] == pytest.approx([0.6, 0.6], abs=0.01)
 
 
 def test_below_the_break_even_the_model_is_bit_for_bit_itself(tiny_model: TinyVGGT) -> None:

@@ -117,7 +117,7 @@ def test_calibrate_and_show(invoke: Invoke, profile: Path, tmp_path: Path) -> No
     assert result.exit_code == 0 and "WARNING" not in result.output
     assert "adapter vggt, 4 sites of 8 heads, 2 scenes, camera weight 0.5" in result.stdout
     assert "score: camera weight 1, projection q" in result.stdout and "wrote heads.png" in result.stdout
-    assert result.stdout.count("\n  aggregator.") == 6 and "verdict: cannot tell: 2 scenes" in result.stdout
+    assert result.stdout.count("\n  aggregator.") == 6 and "scenes: cannot tell: 2 scenes" in result.stdout
     assert Path("heads.png").read_bytes().startswith(b"\x89PNG") and left_behind() == ["heads.png"]
 
 

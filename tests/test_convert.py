@@ -243,7 +243,7 @@ def test_images_without_truth_are_refused(invoke: Invoke) -> None:
     for i in range(2):
         Image.new("RGB", (20, 10)).save(f"trip/{i}.png")
     result = invoke("--data", "images:trip", "-o", "out")
-    assert_one_sentence(result, "trip is images without ground truth, converting needs true cameras")
+    assert_one_sentence(result, "scene 'trip' is images without ground truth, converting needs true cameras")
     assert not Path("out").exists()
 
 

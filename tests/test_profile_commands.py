@@ -87,7 +87,7 @@ def test_show_lists_heads_with_their_interval_and_both_errors(invoke: Invoke) ->
         shown = [f"{values[layer, head]:.4f}" for values in (scores, camera, points)]
         assert [row[2], *row[5:]] == shown and float(row[3]) < float(row[2]) < float(row[4])
     assert "rank stability: random halves" in result.stdout and "Spearman-Brown" in result.stdout
-    assert re.search(r"^verdict: (enough|more) scenes", result.stdout, re.MULTILINE)
+    assert re.search(r"^scenes: (enough|more) scenes", result.stdout, re.MULTILINE)
     assert left_behind() == ["a.hess", "a.hess.png"]
 
 
@@ -146,7 +146,7 @@ def test_show_refuses_what_it_cannot_do(invoke: Invoke) -> None:
 def test_show_of_few_scenes_cannot_tell(invoke: Invoke, scenes: int) -> None:
     write("a.hess", scenes=scenes)
     result = invoke("show", "a.hess", "--heads", 1)
-    assert result.exit_code == 0 and "verdict: cannot tell: " in result.stdout
+    assert result.exit_code == 0 and "scenes: cannot tell: " in result.stdout
     assert ("rank stability: cannot tell" in result.stdout) == (scenes == 1)
     assert ("  -  " in result.stdout) == (scenes == 1)  # no interval of a single scene
 

@@ -44,7 +44,7 @@ def test_the_page_lies_in_the_folder_or_where_it_was_asked_for(folder: Path, tmp
     result = invoke(folder)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"wrote {folder / 'report.html'}\n"
-    assert "Only the dense model is measured so far: AUC@30 50.0 points." in (folder / "report.html").read_text()
+    assert "No row is finished yet; the dense model has AUC@30 50.0 points." in (folder / "report.html").read_text()
     result = invoke(folder, "-o", tmp_path / "pages" / "a.html", "--threshold", 0.2)
     assert result.exit_code == 0 and "--threshold 0.2" in (tmp_path / "pages" / "a.html").read_text()
 

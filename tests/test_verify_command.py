@@ -21,7 +21,7 @@ from hess_plugin.scenes.writing import write_folder
 from hess_plugin.verified_profiles import verifications
 
 Invoke = Callable[..., Result]
-TEST, VIEWS = 5, 6
+TEST, VIEWS = 8, 5
 BLOCKS = ("--block-q", 8, "--block-k", 8)
 
 
@@ -93,10 +93,10 @@ def test_a_harmful_profile_is_verified_shown_and_stepped_aside_from(
     reverse(honest).save("a.hess")
     result = verify(invoke, data, "a.hess", "--sparsity", 0.85, "--seed", 3)
     assert result.exit_code == 0 and result.stderr == "", result.output
-    assert "left out 1 of 6 scenes, which the profile was calibrated on: room-20000000" in result.stdout
+    assert "left out 1 of 9 scenes, which the profile was calibrated on: room-20000000" in result.stdout
     assert [result.stdout.count(f"| {arm} ") for arm in ("dense", "uniform", "hess", "reverse")] == [1, 1, 1, 0]
     (verdict,) = re.findall(r"^verdict: (.*)$", result.stdout, re.MULTILINE)
-    assert verdict.startswith("harms at sparsity 0.85 on 5 held-out scenes: against uniform budgets AUC@30 -")
+    assert verdict.startswith("harms at sparsity 0.85 on 8 held-out scenes: against uniform budgets AUC@30 -")
     assert result.stdout.endswith("\nwrote a.hess\n") and os.listdir() == ["a.hess"]
     (found,) = verifications(Profile.load("a.hess"))
     assert found.text == verdict and (found.block_q, found.block_k) == (8, 8)

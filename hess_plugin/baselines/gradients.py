@@ -38,7 +38,10 @@ _METADATA_KEY = "hess_gate_gradients"
 
 @dataclass(frozen=True, eq=False)
 class GateGradients:
-    """The derivative of each error by each gate, where all gates are 1.
+    """The derivative of each error by each gate, where all gates are 1, as autograd sees it.
+
+    Camera heads that refine a pose step by step detach it in between, in VGGT and the demo model: of the camera error
+    only what goes through the last step is seen, here as in the traces of `calibrate`.
 
     Attributes:
         adapter: name of the adapter that claimed the model.

@@ -29,6 +29,7 @@ COARSE_ITERATIONS = 100_000
 COARSE_FITNESS = 0.5  # a registration that explains less of the source than this is a guess
 COARSE_SCALE = 2.5  # and so is one that shrinks the source into a dense spot of the target, where anything fits
 MAX_POINTS = 300_000
+FARTHEST = 1e6  # in units, along each axis
 _lock = threading.Lock()
 
 
@@ -161,7 +162,8 @@ def _match(open3d: Any, moving: tuple[Any, Any], fixed: tuple[Any, Any]) -> Any:
 
 def _cloud(open3d: Any, points: Tensor, origin: Tensor, unit: float, voxel: float, seed: int) -> Any:
     kept = subsample(points.detach(), MAX_POINTS, seed).to("cpu", torch.float64)
-    vector = open3d.utility.Vector3dVector(((kept - origin) / unit).numpy())
+    # A grid of voxels counts them in 32 bits: one stray point far enough away would end in a RuntimeError.
+    vector = open3d.utility.Vector3dVector(((kept - origin) / unit).clamp(-FARTHEST, FARTHEST).numpy())
     return open3d.geometry.PointCloud(vector).voxel_down_sample(voxel)
 
 

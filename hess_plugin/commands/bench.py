@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
-@click.command()
+@click.command(short_help="Time patched against unpatched; find the break-even.")
 @model_options
 @click.option(
     "--profile", type=FILE, help="Profile whose budgets are timed; --end-to-end records the break-even in it."
@@ -212,7 +212,8 @@ def _record(path: Path, entry: BreakEven) -> None:
     from hess_plugin.profiles import Profile
 
     # Read again: timing took a while, and something else may have been recorded meanwhile.
-    record_break_even(Profile.load(path), entry).save(path)
+    target = path.resolve()  # the file that a link points to is replaced, not the link
+    record_break_even(Profile.load(target), entry).save(target)
     effect = "takes the dense path nowhere because of it"
     if entry.dense_below:
         effect = f"takes the dense path for fewer than {entry.dense_below} patch tokens on this machine"

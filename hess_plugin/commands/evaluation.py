@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from hess_plugin.profiles import Profile
 
 
-@click.command()
+@click.command(short_help="Measure cameras and points, unpatched and patched.")
 @model_options
 @data_options
 @click.option("--profile", type=FILE, help="Profile for the arms that divide budgets by score.")
 @click.option("--any-weights", is_flag=True, help="Accept a profile that was calibrated on other weights.")
 @score_options
-@click.option("--sparsity", type=float, multiple=True, help="Several allowed; 0.73 by default.")
+@click.option(
+    "--sparsity",
+    type=float,
+    multiple=True,
+    help="Dropped share of blocks; several allowed; 0.73 by default.",
+)
 @click.option("--sparse-ratio", type=float, help="rho of SparseVGGT, instead of a sparsity.")
 @click.option("--cdf-threshold", type=float, help="tau of SparseVGGT, instead of a sparsity.")
 @click.option(
@@ -48,7 +53,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
         check_writable(output, ".csv")
     from hess_plugin.evaluation.comparison import compare
     from hess_plugin.evaluation.records import write_csv
-    from hess_plugin.evaluation.statistics import summarise
+    from hess_plugin.evaluation.statistics import failed_lines, summarise
     from hess_plugin.machine import describe_machine
     from hess_plugin.profiles import Profile
     from hess_plugin.scoring import Scoring, head_scores
@@ -80,7 +85,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
             **asdict(scoring),
         )
     made = "" if score is None else f"score: {scoring.resolved(score)}; "
-    click.echo(_text(summarise(rows), metrics))
+    click.echo("\n".join([_text(summarise(rows), metrics), *failed_lines(rows)]))
     click.echo(f"{len(found)} scenes; {made}{describe_machine()}.")
     if output is not None:
         facts = {"model": model, "weights": weights or "shipped", **data_facts(options), **blocks}
@@ -99,9 +104,11 @@ def _text(summaries: list[Summary], metrics: MetricSettings) -> str:
     from hess_plugin.evaluation.tables import camera_table, cloud_table
 
     text, clouds = f"{camera_table(summaries)}\n\n{describe_cameras(metrics)}", cloud_table(summaries)
-    if clouds is None:
-        return f"{text}\nNo scene has depth or points: clouds were not measured."
     done = "; ".join(dict.fromkeys(s.alignment for s in summaries))
+    if clouds is None:
+        failed = all(s.alignment.startswith("failed") for s in summaries)
+        why = "No prediction could be aligned" if failed else "No scene has depth or points"
+        return f"{text}\n{why}: clouds were not measured."
     return f"{text}\n\n{clouds}\n\n{describe_clouds(metrics)} Alignment that was possible: {done}."
 
 
@@ -117,5 +124,8 @@ def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
     else:
         rows = [Row(sparsity) for sparsity in options["sparsity"] or (0.73,) if sparsity != 0.0]
     names = options["arms"] or (("uniform",) if profile is None else ("uniform", "hess"))
+    guided = [name for name in names if Arm(name, 0.5, name).guided]
+    if profile is None and guided:
+        raise click.UsageError(f"--arm {guided[0]} divides budgets by a profile and none was given; add --profile.")
     wanted = [Arm(name, allocation=name).at(row) for row in rows for name in names]
     return list(dict.fromkeys([Arm("dense"), *wanted]))

@@ -11,7 +11,7 @@ from hess_plugin.files import check_writable
 from .options import FOLDER, OUTPUT
 
 
-@click.command()
+@click.command(short_help="Make one self-contained page of a sweep.")
 @click.argument("folder", type=FOLDER)
 @click.option("-o", "--output", type=OUTPUT, help="HTML file to write; report.html in the folder by default.")
 @click.option(

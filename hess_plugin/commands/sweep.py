@@ -14,7 +14,17 @@ import click
 from hess_plugin.terminal import progress_bars, warn_random
 
 from .measures import metric_facts, metric_options, metrics_of
-from .options import COUNT, FILE, FOLDER, data_facts, data_options, framing_of, model_and_scenes, model_options
+from .options import (
+    COUNT,
+    FILE,
+    FOLDER,
+    adapter_of,
+    data_facts,
+    data_options,
+    framing_of,
+    model_and_scenes,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from hess_plugin.evaluation.arms import Arm, Row
@@ -41,13 +51,18 @@ class _Rule(click.ParamType[Any]):
         return rho, tau
 
 
-@click.command()
+@click.command(short_help="Compare ways to divide budgets over many sparsities.")
 @model_options
 @data_options
 @click.option("--profile", type=FILE, required=True, help="Profile whose budgets are compared.")
 @click.option("--any-weights", is_flag=True, help="Accept a profile that was calibrated on other weights.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the sweep; the same command goes on there.")
-@click.option("--sparsity", type=float, multiple=True, help=f"Several allowed; {_SPARSITIES} by default.")
+@click.option(
+    "--sparsity",
+    type=float,
+    multiple=True,
+    help="Dropped share of patch-block pairs; several allowed; 0.35, 0.55, 0.73 and 0.85 by default.",
+)
 @click.option("--rule", type=_Rule(), multiple=True, help="Sparse ratio and CDF threshold; several allowed.")
 @click.option("--paper", is_flag=True, help="The 16 rules of the paper's tables S1 and S2.")
 @click.option(
@@ -84,18 +99,20 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
     is kept; after a kill the same command goes on. `hess-patch report FOLDER` makes a page of it.
     """
     from hess_plugin.evaluation.comparison import Runner
-    from hess_plugin.evaluation.statistics import summarise
+    from hess_plugin.evaluation.statistics import failed_lines, summarise
     from hess_plugin.evaluation.sweep import Sweep
     from hess_plugin.evaluation.tables import comparison_table
     from hess_plugin.profiles import Profile
 
     score = Profile.load(profile)
-    rows, arms, metrics = _rows(options), _arms(options, score), metrics_of(options)
-    _check_rows(rows, arms)
+    amounts, arms, metrics = _rows(options), _arms(options, score), metrics_of(options)
+    _check_rows(amounts, arms)
     loaded, found, manager = model_and_scenes(model, weights, options)
     blocks = {name: options[name] for name in ("block_q", "block_k")}
-    plan = _plan(loaded, score, rows, arms, options) | {"model": model, "weights": weights or "shipped", **blocks}
-    folder = _start(output, {**plan, "scenes": found.names}, score)
+    plan = _plan(loaded, score, amounts, arms, options) | {"model": model, "weights": weights or "shipped", **blocks}
+    plan |= {"adapter": adapter_of(loaded, options, manager).name, "scenes": found.names}
+    _check_scene(found[0], metrics)
+    folder = _start(output, plan, score)
     with progress_bars() as note:
         pruner = _pruner(loaded, arms, options, score, manager, output, note)
         runner = Runner(
@@ -110,9 +127,10 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
         running = Sweep(
             runner, found, folder.journal(), options["tolerance"], lambda done, of, what: note("sweep", done, of, what)
         )
-        cells = running.run(rows, arms, folder.write_cells)
+        cells = running.run(amounts, arms, folder.write_cells)
         _picture(runner, found, cells, metrics, output)
-    click.echo(comparison_table(summarise([m for cell in cells for m in cell.measurements])))
+    rows = [m for cell in cells for m in cell.measurements]
+    click.echo("\n".join([comparison_table(summarise(rows)), *failed_lines(rows)]))
     _tell_unmatched(cells, options["tolerance"])
     click.echo(f"\nwrote {output}; hess-patch report {output} makes a page of it")
     if weights == "random":
@@ -155,15 +173,31 @@ def _check_rows(rows: Sequence[Row], arms: Sequence[Arm]) -> None:
         Settings(row.sparsity, row.sparse_ratio, row.cdf_threshold, arms[0].allocation)
 
 
+def _check_scene(scene: Any, metrics: MetricSettings) -> None:
+    """Refuse scenes that cannot be measured before a folder is made for them; the first stands for all."""
+    from hess_plugin.evaluation.comparison import check_scene
+    from hess_plugin.evaluation.dtu import scan_number
+
+    check_scene(scene)
+    if metrics.dtu is not None:
+        scan_number(scene.name)
+
+
 def _plan(
     model: Any, profile: Profile, rows: Sequence[Row], arms: Sequence[Arm], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that the figures depend on but the model's name and the scenes."""
+    import torch
+
+    from hess_plugin import __version__
+    from hess_plugin.machine import machine_key
     from hess_plugin.profiles import model_digest
     from hess_plugin.scoring import Scoring
     from hess_plugin.verified_profiles import traces_digest
 
     return {
+        "computed_on": machine_key(next(model.parameters()).device),
+        "versions": f"hess-plugin {__version__}, torch {torch.__version__}",
         "model_digest": model_digest(model),
         "profile": traces_digest(profile),
         "scoring": asdict(Scoring().resolved(profile)),
@@ -220,13 +254,18 @@ def _pruner(
 def _picture(runner: Any, scenes: Any, cells: Sequence[Cell], metrics: MetricSettings, output: Path) -> None:
     """Keep the clouds of the first scene at the sparsest row, for the report."""
     from hess_plugin.evaluation.cloud_picture import capture_clouds
+    from hess_plugin.exceptions import CalibrationError
 
     file = output / "clouds.safetensors"
     if file.exists():
         return
     last = max((cell for cell in cells if cell.arm.name == "uniform"), key=lambda cell: cell.sparsity).row
     arms = [c.arm for c in cells if c.arm.dense or (c.row == last and c.arm.name in ("uniform", "hess"))]
-    clouds = capture_clouds(runner, runner.prepared(scenes[0]), arms, metrics)
+    try:
+        clouds = capture_clouds(runner, runner.prepared(scenes[0]), arms, metrics)
+    except CalibrationError as error:
+        click.echo(f"No clouds of {scenes.names[0]} were kept for a picture: {error}", err=True)
+        return
     if clouds is not None:
         clouds.save(file)
 

@@ -16,7 +16,7 @@ from .options import COUNT, FILE, data_facts, data_options, model_and_scenes, mo
 from .scoring import score_options, scoring_of
 
 
-@click.command()
+@click.command(short_help="Show whether a profile beats uniform budgets.")
 @model_options
 @data_options
 @click.option("--profile", required=True, type=FILE, help="Profile to verify; the verdict is written into it.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass, replace
 
@@ -158,11 +157,3 @@ class Arm:
 def scene_seed(scene: str) -> int:
     """Seed of the ``random`` allocation in one scene: its spread over scenes then holds that over shufflings, too."""
     return zlib.crc32(scene.encode())
-
-
-def row_order(label: str) -> tuple[float, str]:
-    """Sort key of rows: plain sparsities by size, the others as they are called."""
-    try:
-        return float(label), ""
-    except ValueError:
-        return math.inf, label

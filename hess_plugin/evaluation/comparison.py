@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from hess_plugin.adapting import Adapter
-from hess_plugin.exceptions import PatchError, SceneError
+from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
@@ -24,9 +25,10 @@ from hess_plugin.scoring import Scoring, head_scores
 from hess_plugin.settings import Settings
 
 from .arms import Arm, scene_seed
-from .metrics import MetricSettings, measure_prediction
+from .metrics import MetricSettings, PredictionScores, measure_prediction, scores_without_alignment
 from .records import Measurement
 
+_log = logging.getLogger(__name__)
 SCORE_OPTIONS = tuple(field.name for field in fields(Scoring))
 Pruner = Callable[[nn.Module, str, float], AbstractContextManager[Any]]
 """Called as ``pruner(model, method, sparsity)``; gives a handle with ``report()`` while whole heads are pruned."""
@@ -102,9 +104,7 @@ class Runner:
         Raises:
             SceneError: it has no truth, or a single view.
         """
-        require_truth(scene, "evaluating")
-        if scene.views < 2:
-            raise SceneError(f"scene {scene.name} has 1 view; cameras are compared in pairs, so give 2 views or more.")
+        check_scene(scene)
         scene = scene.normalised().to(next(self.model.parameters()).device)
         if not self._warm:
             with torch.inference_mode():
@@ -113,9 +113,13 @@ class Runner:
         return scene
 
     def measure(self, scene: Scene, arm: Arm) -> Measurement:
-        """Run one arm on one prepared scene and score what it predicts."""
+        """Run one arm on one prepared scene and score what it predicts.
+
+        A prediction that cannot be aligned with the scene is a result as well, and no reason to lose the others: its
+        measurement has NaN and `Measurement.failure`.
+        """
         prediction, sparsity, layers, seconds = self.predict(scene, arm)
-        scores = asdict(measure_prediction(prediction, scene, self.metrics))
+        scores = asdict(self._scores(prediction, scene, arm))
         scores.pop("unit", None)
         return Measurement(
             scene=scene.name,
@@ -127,6 +131,14 @@ class Runner:
             layers=layers,
             **scores,
         )
+
+    def _scores(self, prediction: Prediction, scene: Scene, arm: Arm) -> PredictionScores:
+        try:
+            return measure_prediction(prediction, scene, self.metrics)
+        except CalibrationError as error:
+            scores = scores_without_alignment(prediction, scene, str(error), self.metrics)
+            _log.warning("%s at %s is not measured on %s: %s", arm.name, arm.label, scene.name, error)
+            return scores
 
     def predict(self, scene: Scene, arm: Arm) -> tuple[Prediction, float, tuple[float, ...], float]:
         """Run one arm on one prepared scene: prediction, measured sparsity, that of every site, seconds."""
@@ -171,6 +183,17 @@ class Runner:
         return prediction, time.perf_counter() - started
 
 
+def check_scene(scene: Scene) -> None:
+    """Refuse a scene that cannot be measured.
+
+    Raises:
+        SceneError: it has no truth, or a single view.
+    """
+    require_truth(scene, "evaluating")
+    if scene.views < 2:
+        raise SceneError(f"scene {scene.name} has 1 view; cameras are compared in pairs, so give 2 views or more.")
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -211,7 +234,7 @@ def compare(
         PatchError: an arm cannot run.
         ProfileError: the profile is of another model or has no such score.
         SceneError: a scene without truth, or of a single view.
-        CalibrationError: a prediction cannot be aligned with its scene.
+        CalibrationError: a prediction is not of its scene's views. One that cannot be aligned is a measurement of NaN.
     """
     runner = Runner(model, profile=profile, metrics=metrics, adapter=adapter, manager=manager, options=options)
     runner.check(arms)

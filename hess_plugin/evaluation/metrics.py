@@ -19,6 +19,7 @@ from hess_plugin.scenes.scene import Scene
 from .clouds import CloudScores, compare_clouds, pixel_distance
 from .dtu import DtuProtocol, scan_number
 from .pose import absolute_trajectory_error, pose_auc
+from .records import FAILED
 
 ALIGNMENTS = ("pixels", "icp", "cameras")
 
@@ -79,7 +80,8 @@ class PredictionScores:
         chamfer: mean of accuracy and completeness.
         f1: harmonic mean of the shares of predicted and of true points with a neighbour closer than the threshold.
             No confident point at all gives 0, and NaN lengths.
-        alignment: what was done in the end: ``pixels``, ``cameras``, ``features``, then what ICP did, if it was asked.
+        alignment: what was done in the end: ``pixels``, ``cameras``, ``features``, then what ICP did, if it was asked;
+            or ``failed:`` and why, from `scores_without_alignment`.
         unit: of every length: ``scene``, the unit of the scene, or ``mm`` under DTU's protocol.
     """
 
@@ -134,6 +136,42 @@ def measure_prediction(
         f1=clouds.f1,
         alignment=found.method,
         unit="scene" if scan is None else "mm",
+    )
+
+
+def scores_without_alignment(
+    prediction: Prediction, scene: Scene, reason: str, settings: MetricSettings | None = None
+) -> PredictionScores:
+    """Measure what can be of a prediction that `measure_prediction` refused: the cameras.
+
+    AUC needs no alignment; where a pose is not finite it counts as a miss. ATE has one of its own, and is NaN where a
+    pose is not finite. Everything else is NaN.
+
+    Args:
+        prediction: of all views of the scene, two or more.
+        scene: normalised.
+        reason: what `measure_prediction` said; kept in `PredictionScores.alignment`.
+        settings: how; the defaults where None.
+
+    Raises:
+        CalibrationError: when the prediction is not of the scene's views, which no scene excuses.
+    """
+    by_millimetres = settings is not None and settings.dtu is not None
+    areas = {f"auc{degrees}": area for degrees, area in pose_auc(prediction.c2w, scene.c2w).items()}
+    ate = math.nan
+    if bool(torch.isfinite(prediction.c2w).all()):
+        ate = (scene.scale if by_millimetres else 1.0) * absolute_trajectory_error(prediction.c2w, scene.c2w)
+    return PredictionScores(
+        **areas,
+        ate=ate,
+        centre_error=math.nan,
+        point_error=math.nan,
+        accuracy=math.nan,
+        completeness=math.nan,
+        chamfer=math.nan,
+        f1=math.nan,
+        alignment=FAILED + " ".join(reason.split()),
+        unit="mm" if by_millimetres else "scene",
     )
 
 

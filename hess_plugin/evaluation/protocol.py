@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .metrics import MetricSettings
 
-_UNIT = "the mean distance of true points to the first camera"
+_UNIT = "the mean distance of true points, or without any of the other cameras, to the first camera"
 ALIGNMENT_WORDS = {
     "pixels": "Umeyama on the points of the same pixels, the worst fifth dropped and fitted again (camera centres "
     "where a scene has no depth)",

@@ -18,6 +18,7 @@ METRICS = (
     "auc30", "auc15", "auc5", "auc3", "ate", "centre_error", "point_error", "accuracy", "completeness", "chamfer",
     "f1", "sparsity", "seconds",
 )  # fmt: skip
+FAILED = "failed: "
 LARGER_IS_BETTER = ("auc30", "auc15", "auc5", "auc3", "f1")
 
 
@@ -25,8 +26,8 @@ LARGER_IS_BETTER = ("auc30", "auc15", "auc5", "auc3", "f1")
 class Measurement:
     """One arm on one scene; NaN where a scene does not have what a metric needs.
 
-    Lengths are in units of the normalised scene (mean distance of true points to the first camera is 1), or in
-    millimetres for clouds measured by DTU's protocol.
+    Lengths are in units of the normalised scene (mean distance of true points, or without any of the other cameras, to
+    the first camera is 1); under DTU's protocol all of them are in millimetres.
 
     Attributes:
         scene: scene id.
@@ -44,7 +45,7 @@ class Measurement:
         sparsity: measured, the dropped share of patch-block pairs.
         seconds: wall time of the forward.
         knob: value of the row's knob that was set; see `Row`.
-        alignment: how the prediction was aligned for all but AUC and ATE.
+        alignment: how the prediction was aligned, for all metrics but AUC and ATE, which are NaN where that failed.
         layers: measured sparsity of every site, in execution order.
     """
 
@@ -72,6 +73,11 @@ class Measurement:
     def target(self) -> float:
         """The row as a sparsity; NaN for one of rho and tau."""
         return sparsity_of(self.row)
+
+    @property
+    def failure(self) -> str:
+        """Why the prediction could not be aligned with the scene; empty where it was."""
+        return self.alignment[len(FAILED) :] if self.alignment.startswith(FAILED) else ""
 
 
 def sparsity_of(row: str) -> float:
@@ -118,7 +124,9 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     try:
         return [_parsed(row) for row in reader]
     except (TypeError, ValueError, AttributeError) as error:
-        raise SceneError(f"{path} is damaged ({error}); delete it and measure again.") from error
+        raise SceneError(
+            f"{path} is damaged in line {reader.line_num} ({error}); remove that line, or delete the file."
+        ) from error
 
 
 def _parsed(row: Mapping[str, str]) -> Measurement:

@@ -31,7 +31,7 @@ class Summary:
         against: every metric minus that of a baseline, scene by scene: ``dense``, and ``uniform`` and ``equal`` in the
             same row. Pairing takes out how hard each scene is, which is most of the error of `value`.
         layers: mean measured sparsity of every site.
-        alignment: how the scenes were aligned; several where scenes differ.
+        alignment: how the scenes were aligned, several where scenes differ, and in how many that failed.
     """
 
     arm: str
@@ -92,4 +92,22 @@ def _layers(by_scene: Mapping[str, Measurement]) -> tuple[float, ...]:
 
 
 def _alignment(by_scene: Mapping[str, Measurement]) -> str:
-    return ", ".join(sorted({row.alignment for row in by_scene.values() if row.alignment}))
+    done = sorted({row.alignment for row in by_scene.values() if row.alignment and not row.failure})
+    failed = sum(bool(row.failure) for row in by_scene.values())
+    return "; ".join([*done, *([f"failed in {failed} of {len(by_scene)} scenes"] if failed else [])])
+
+
+def failed_lines(rows: Sequence[Measurement]) -> list[str]:
+    """A sentence for each arm and row with predictions that could not be aligned: in how many scenes, the first why."""
+    groups: dict[tuple[str, str], list[Measurement]] = {}
+    for row in rows:
+        groups.setdefault((row.arm, row.row), []).append(row)
+    lines = []
+    for (arm, label), members in groups.items():
+        failed = [row for row in members if row.failure]
+        if failed:
+            lines.append(
+                f"{arm} at {label} could not be aligned in {len(failed)} of {len(members)} scenes, which its means and "
+                f"differences leave out but for AUC and ATE; {failed[0].scene}: {failed[0].failure}"
+            )
+    return lines

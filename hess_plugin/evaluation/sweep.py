@@ -81,6 +81,8 @@ class Sweep:
     _total: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:  # NaN would never match
+            raise PatchError(f"tolerance is {self.tolerance}, wanted a difference of sparsities between 0 and 1.")
         for row in self.journal.rows:
             self._note(row)
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ class SweepFolder:
         for key in (*self.plan, *(key for key in other.plan if key not in self.plan)):
             mine, theirs = self.plan.get(key), other.plan.get(key)
             if mine != theirs:
+                was, now = _first_difference(theirs, mine)
                 raise SceneError(
-                    f"{self.path} holds a sweep with other settings ({key} was {_short(theirs)}, now {_short(mine)}); "
+                    f"{self.path} holds a sweep with other settings ({key} was {_short(was)}, now {_short(now)}); "
                     "name a new folder, or delete this one."
                 )
 
@@ -116,6 +118,8 @@ class SweepFolder:
         """
         if not (self.path / CELLS).is_file():
             raise SceneError(f"{self.path} has no finished cell yet; let `hess-patch sweep` go on.")
+        if not (self.path / CELLS).read_bytes().endswith(b"\n"):
+            raise SceneError(f"{self.path / CELLS} is cut off; run the same sweep again, which writes it anew.")
         known: dict[tuple[str, str, float], list[Measurement]] = {}
         for row in read_measurements(self.path / MEASUREMENTS):
             known.setdefault((row.row, row.arm, row.knob), []).append(row)
@@ -124,7 +128,10 @@ class SweepFolder:
         try:
             return [self._cell(line, known) for line in lines]
         except (KeyError, ValueError, TypeError) as error:
-            raise SceneError(f"{self.path / CELLS} is damaged ({error!r}); delete it and sweep again.") from error
+            raise SceneError(
+                f"{self.path / CELLS} is damaged or does not belong to {MEASUREMENTS} beside it ({error!r}); run the "
+                "same sweep again, which writes what is missing."
+            ) from error
 
     def _cell(self, line: Mapping[str, str], known: Mapping[tuple[str, str, float], list[Measurement]]) -> Cell:
         sparsity, rho, tau = (
@@ -143,6 +150,14 @@ class SweepFolder:
         row = next((Row(**row) for row in self.plan["rows"] if Row(**row).label == line["row"]), Row(sparsity=0.0))
         rows = tuple(known[line["row"], line["arm"], float(line["knob"])])
         return Cell(row, arm, float(line["gap"]), line["matched"] == "True", rows)
+
+
+def _first_difference(was: Any, now: Any) -> tuple[Any, Any]:
+    """Of two lists the first entries that differ, of anything else itself; null stands for no entry."""
+    if not isinstance(was, list) or not isinstance(now, list):
+        return was, now
+    pairs = zip_longest(was, now)
+    return next((first, second) for first, second in pairs if first != second)
 
 
 def _short(value: object) -> str:

@@ -129,7 +129,8 @@ def _unmatched(cell: Cell) -> str:
 def _entry(summary: Summary, metric: str) -> Entry:
     against = summary.against.get("uniform")
     value = _with_error(summary, metric)
-    if summary.arm == "dense" or against is None or not against.count[metric]:
+    # Passes of a sweep follow one another, so that seconds of two arms are not side by side.
+    if summary.arm == "dense" or metric == "seconds" or against is None or not against.count[metric]:
         return Entry(value)
     shown, where = SHOWN[metric], direction(against, metric)
     text = shown.number(against.mean[metric], signed=True)

@@ -97,7 +97,7 @@ class SweepResults:
         """The main result in a sentence, with its error, whatever it is."""
         if not self.rows:
             dense = self.summaries[0]
-            return f"Only the dense model is measured so far: AUC@30 {_told(dense.value, 'auc30', signed=False)}."
+            return f"No row is finished yet; the dense model has AUC@30 {_told(dense.value, 'auc30', signed=False)}."
         row = self.rows[-1]
         arm, baseline = ("hess", "uniform") if self.cell("hess", row) else ("uniform", "dense")
         summary = self.summary(arm, row)

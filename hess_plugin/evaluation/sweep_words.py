@@ -109,7 +109,8 @@ def protocol(results: SweepResults) -> dict[str, str]:
             "whose 95 % interval (Student's t, two-sided) does not hold 0; with many arms and metrics one in twenty "
             "would be marked by mere luck."
         ),
-        "Time": "Seconds are the wall time of one forward, all arms of a scene in turn; the first scene warms up.",
+        "Time": "Seconds are the wall time of one forward, for orientation: arms were not timed side by side, which "
+        "hess-patch bench does.",
     }
 
 

@@ -125,7 +125,7 @@ def profile_summary(
         lines.append(f"{title} sensitive heads (shares of a layer, {1 / profile.num_heads:.4f} is average):")
         lines += _head_lines(profile, chosen, scores, shares, sample)
     lines.append(_stability_line(profile, split_half(profile, scoring, seed=seed)))
-    lines.append(f"verdict: {judge(profile, scoring, sample).text}")
+    lines.append(f"scenes: {judge(profile, scoring, sample).text}")
     lines += verified_lines(profile)
     lines += [f"break-even: {one.describe()}" for one in break_evens(profile)]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from hess_plugin.scoring import Scoring, head_scores
 from hess_plugin.verification import ARMS, METRICS, TESTED, Difference, Verification
 from hess_plugin.verified_profiles import traces_digest
 
-from .arms import Arm
+from .arms import Arm, Row
 from .comparison import compare
 from .metrics import MetricSettings
 from .records import Measurement
@@ -190,10 +190,10 @@ _Columns = dict[str, dict[str, Measurement]]
 
 def _columns(rows: Sequence[Measurement], sparsity: float) -> _Columns:
     """Measurements of the dense model and of both arms at one sparsity, by arm and scene."""
-    targets = dict(zip(ARMS, (0.0, sparsity, sparsity), strict=True))
+    labels = dict(zip(ARMS, (Row(target).label for target in (0.0, sparsity, sparsity)), strict=True))
     columns: _Columns = {arm: {} for arm in ARMS}
     for row in rows:
-        if math.isclose(row.target, targets[row.arm], abs_tol=1e-6, rel_tol=1e-5):  # recorded with six digits
+        if row.row == labels[row.arm]:
             columns[row.arm][row.scene] = row
     return columns
 
@@ -205,8 +205,16 @@ def _mean(column: dict[str, Measurement], metric: str) -> float:
 
 
 def _difference(columns: _Columns, metric: str) -> Difference:
-    """The profile's arm minus uniform, over the scenes that have the metric in both."""
+    """The profile's arm minus uniform, over the scenes that have the metric in both.
+
+    None at all where only one of the arms has it in some scene: a prediction too broken to be measured must not leave
+    its arm the easier scenes. AUC counts such a scene as a miss and decides alone.
+    """
     uniform, mine = columns["uniform"], columns["hess"]
+    if any(
+        math.isnan(getattr(row, metric)) != math.isnan(getattr(uniform[scene], metric)) for scene, row in mine.items()
+    ):
+        return Difference(math.nan, math.nan, 0)
     both = [getattr(row, metric) - getattr(uniform[scene], metric) for scene, row in mine.items()]
     values = [value for value in both if not math.isnan(value)]
     mean = statistics.fmean(values) if values else math.nan

@@ -58,4 +58,6 @@ def require_truth(scene: object, step: str) -> None:
         SceneError: `scene` is an `ImageSet`.
     """
     if isinstance(scene, ImageSet):
-        raise SceneError(f"{scene.name} is images without ground truth, {step} needs true cameras; give a scene.")
+        raise SceneError(
+            f"scene {scene.name!r} is images without ground truth, {step} needs true cameras; give data that has them."
+        )

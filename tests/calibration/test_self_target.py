@@ -355,11 +355,11 @@ def test_truth_is_not_mixed_with_none(tiny_model: TinyVGGT, rooms: tuple[Scene, 
 
 
 def test_images_have_no_truth_to_measure_against(tiny_model: TinyVGGT, rooms: tuple[Scene, ...]) -> None:
-    with pytest.raises(CalibrationError, match=r"images without ground truth, calibrating against .* give a scene"):
+    with pytest.raises(CalibrationError, match=r"images without ground truth, calibrating against .* give data that"):
         calibrate(tiny_model, [images_of(rooms[0])], target="truth")
     with pytest.raises(CalibrationError, match="target is 'none', wanted one of auto, truth, self"):
         calibrate(tiny_model, [rooms[0]], target="none")
-    with pytest.raises(SceneError, match="images without ground truth, evaluating needs true cameras; give a scene"):
+    with pytest.raises(SceneError, match="images without ground truth, evaluating needs true cameras; give data that"):
         compare(tiny_model, [images_of(rooms[0])], [Arm("dense")])  # type: ignore[list-item]
 
 

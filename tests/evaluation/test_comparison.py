@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hess_plugin import PatchError, Profile, ProfileError, calibrate
+from hess_plugin import PatchError, Profile, ProfileError, calibrate, patch
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.scenes import RoomScenes
-from hess_plugin.evaluation.arms import Arm
+from hess_plugin.evaluation import comparison
+from hess_plugin.evaluation.arms import Arm, scene_seed
 from hess_plugin.evaluation.comparison import compare
 from hess_plugin.evaluation.plots import head_sensitivity_map, trade_off
 from hess_plugin.evaluation.records import METRICS, Measurement, write_csv
@@ -55,6 +57,22 @@ def test_arms_are_matched_in_measured_sparsity(compared: tuple[TinyVGGT, Profile
 def test_calibration_and_test_rooms_are_disjoint() -> None:
     splits = [set(RoomScenes(split, 1000, 2).names) for split in ("validation", "calibration", "test")]
     assert len(set.union(*splits)) == 3000
+
+
+def test_every_scene_shuffles_the_heads_in_its_own_way(
+    compared: tuple[TinyVGGT, Profile, list[Measurement]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, profile, _ = compared
+    seeds: list[object] = []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seeds.append(options.get("seed"))
+        return patch(*args, **options)
+
+    monkeypatch.setattr(comparison, "patch", noted)
+    scenes, arms = RoomScenes("test", 2, 3), [Arm(name, 0.6, name) for name in ("uniform", "random")]
+    compare(model, scenes, arms, profile=profile, block_q=8, block_k=8)
+    assert seeds == [seed for name in scenes.names for seed in (None, scene_seed(name))]
 
 
 def test_a_score_arm_without_a_profile_is_refused(tiny_model: TinyVGGT) -> None:

@@ -296,7 +296,7 @@ def test_only_dense_is_a_report_too(tmp_path: Path) -> None:
     path = sweep(tmp_path / "s", 0, POSES)
     assert write_report(path, tmp_path / "out" / "page.html") == [tmp_path / "out" / "page.html"]
     page = Page(tmp_path / "out" / "page.html")
-    assert "Only the dense model is measured so far: AUC@30" in page.sections["header"]
+    assert "No row is finished yet; the dense model has AUC@30" in page.sections["header"]
     assert "0 of 3 rows" in page.sections["header"] and "true cameras only" in page.sections["clouds"]
     assert len(page.cells) == 3 and page.named("img") == []
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hess_plugin import PatchError, Profile, ProfileError, ProfileMismatch, SceneError, calibrate, patch
 from hess_plugin.demo.model import TinyVGGT, load_demo_model
 from hess_plugin.demo.scenes import RoomScenes
+from hess_plugin.evaluation.records import METRICS as RECORDED
 from hess_plugin.evaluation.records import Measurement
-from hess_plugin.evaluation.verify import HeldOut, Verified, verify
+from hess_plugin.evaluation.verify import HeldOut, Verified, _columns, _difference, arms_of, verify
 from hess_plugin.interception import is_intercepted
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import weights_fingerprint
@@ -25,7 +26,7 @@ from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import Scoring
 from hess_plugin.verified_profiles import record_verification, traces_digest
 
-VIEWS, TEST, BLOCK, SPARSITY = 6, 6, 8, 0.85
+VIEWS, TEST, BLOCK, SPARSITY = 6, 8, 8, 0.85
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_several_sparsities_are_measured_together(tiny_model: TinyVGGT, small: P
     )
     assert [v.sparsity for v in found.verifications] == [0.5, 0.7312345678] and len(found.rows) == len(seen) == 10
     for verification in found.verifications:
-        assert verification.outcome == "undecided" and "give at least 4, better 20" in verification.text
+        assert verification.outcome == "undecided" and "give at least 8, better 20" in verification.text
         assert verification.scenes == 2 and verification.scoring == Scoring(0.2, "k") and verification.data == "rooms"
         assert verification.measured == pytest.approx(
             dict.fromkeys(("uniform", "hess"), verification.sparsity), abs=0.02
@@ -171,7 +172,7 @@ def test_several_sparsities_are_measured_together(tiny_model: TinyVGGT, small: P
 
 
 def test_scenes_without_depth_give_a_verdict_on_cameras(tiny_model: TinyVGGT, small: Profile) -> None:
-    scenes = [dataclasses.replace(scene, depth=None) for scene in RoomScenes("test", 4, 3)]
+    scenes = [dataclasses.replace(scene, depth=None) for scene in RoomScenes("test", 8, 3)]
     (verification,) = verify(tiny_model, scenes, small, [0.6], block_q=BLOCK, block_k=BLOCK).verifications
     assert set(verification.tested) == {"auc30"} and math.isnan(verification.means["hess"]["point_error"])
     assert record_verification(small, verification).metadata["verdicts"][0]["means"]["hess"]["point_error"] is None
@@ -242,3 +243,22 @@ def test_a_list_of_scenes_is_held_out_too(tiny_model: TinyVGGT, small: Profile) 
     found = verify(tiny_model, scenes, small, [0.6], block_q=BLOCK, block_k=BLOCK)
     assert {row.scene for row in found.rows} == {scenes[1].name} and found.verifications[0].scenes == 1
     assert all(isinstance(row, Measurement) and math.isnan(row.chamfer) for row in found.rows)
+
+
+def test_sparsities_that_are_nearly_the_same_are_not_mixed() -> None:
+    arms = arms_of([0.73, 0.730001])
+    rows = [Measurement("s", arm.label, arm.name, float(i), *[0.0] * 12) for i, arm in enumerate(arms)]
+    for sparsity, values in ((0.73, [0.0, 1.0, 2.0]), (0.730001, [0.0, 3.0, 4.0])):
+        assert [column["s"].auc30 for column in _columns(rows, sparsity).values()] == values
+
+
+def test_a_prediction_too_broken_to_measure_does_not_leave_its_arm_the_easier_scenes() -> None:
+    """Three of twenty scenes that only uniform budgets survive: the rest must not make the profile look better."""
+    columns: dict[str, dict[str, Measurement]] = {"uniform": {}, "hess": {}}
+    for i in range(20):
+        broken = i < 3
+        for arm, auc, error in (("uniform", 0.8, 0.1), ("hess", 0.0 if broken else 0.81, math.nan if broken else 0.05)):
+            values = {**dict.fromkeys(RECORDED, 0.5), "auc30": auc, "point_error": error + 0.001 * i}
+            columns[arm][f"s{i}"] = Measurement(f"s{i}", "0.73", arm, **values)
+    assert _difference(columns, "point_error").scenes == 0
+    assert _difference(columns, "auc30").scenes == 20 and _difference(columns, "auc30").mean < 0
