@@ -47,6 +47,8 @@ CLAIMS = (
     Claim("... and at or below .5", "hess", ("uniform", "equal"), up_to=0.5),
     Claim("Reversed HeSS collapses", "uniform", ("reverse",)),
     Claim("The right heads, not unequal budgets: shuffled scores are worse", "hess", ("random",)),
+    Claim("... and worse than uniform budgets", "uniform", ("random",)),
+    Claim("Not in the paper: the CDF rule's own count for each row beats an even one", "uniform", ("equal",)),
     Claim("Both errors are needed (the profile's lambda beats 0 and 1)", "hess", ("hess camera 0", "hess camera 1")),
     Claim("W_Q is best", "hess", ("hess W_K", "hess W_V")),
     Claim("Capping is needed", "hess", ("uncapped",)),
