@@ -101,8 +101,8 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
         click.echo(f"Larger sizes were not tried: {sizes.stopped}.")
     if weights == "random":
         click.echo(
-            "The weights are random: at a fixed sparsity the time does not depend on them, so these ratios stand for "
-            "the real model (with a CDF threshold they would not)."
+            "Times are the exception to the warning above: at a fixed sparsity they do not depend on the weights (with "
+            "a CDF threshold they would)."
         )
 
 

@@ -99,6 +99,7 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
     is kept; after a kill the same command goes on. `hess-patch report FOLDER` makes a page of it.
     """
     from hess_plugin.evaluation.comparison import Runner
+    from hess_plugin.evaluation.protocol import describe_cameras, describe_clouds
     from hess_plugin.evaluation.statistics import failed_lines, summarise
     from hess_plugin.evaluation.sweep import Sweep
     from hess_plugin.evaluation.tables import comparison_table
@@ -131,6 +132,7 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
         _picture(runner, found, cells, metrics, output)
     rows = [m for cell in cells for m in cell.measurements]
     click.echo("\n".join([comparison_table(summarise(rows)), *failed_lines(rows)]))
+    click.echo(f"\n{describe_cameras(metrics)}\n{describe_clouds(metrics)}")
     _tell_unmatched(cells, options["tolerance"])
     click.echo(f"\nwrote {output}; hess-patch report {output} makes a page of it")
     if weights == "random":

@@ -101,7 +101,9 @@ class Clouds:
             facts |= {name: tuple(map(str, facts[name])) for name in ("arms", "alignment")}
             return cls(tensors, **{**facts, "threshold": float(facts["threshold"])})
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SceneError(f"{path} holds no clouds or is damaged ({error}); delete it.") from error
+            raise SceneError(
+                f"{path} holds no clouds or is damaged ({error}); delete it, and the same sweep makes it again."
+            ) from error
         except SceneError as error:
             raise SceneError(f"{path}: {error}") from error
 

@@ -27,6 +27,7 @@ from hess_plugin.settings import Settings
 from .arms import Arm, scene_seed
 from .metrics import MetricSettings, PredictionScores, measure_prediction, scores_without_alignment
 from .records import Measurement
+from .timing import finish
 
 _log = logging.getLogger(__name__)
 SCORE_OPTIONS = tuple(field.name for field in fields(Scoring))
@@ -176,10 +177,10 @@ class Runner:
 
     def _timed(self, scene: Scene) -> tuple[Prediction, float]:
         """One forward and its wall time; a GPU has finished before each clock is read."""
-        _finish(scene.images.device)
+        finish(scene.images.device)
         started = time.perf_counter()
         prediction = self.adapter.predict(self.model, scene.images)
-        _finish(scene.images.device)
+        finish(scene.images.device)
         return prediction, time.perf_counter() - started
 
 
@@ -192,11 +193,6 @@ def check_scene(scene: Scene) -> None:
     require_truth(scene, "evaluating")
     if scene.views < 2:
         raise SceneError(f"scene {scene.name} has 1 view; cameras are compared in pairs, so give 2 views or more.")
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def compare(

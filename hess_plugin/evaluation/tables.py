@@ -48,7 +48,7 @@ def comparison_table(summaries: Sequence[Summary]) -> str:
     """Format a comparison as a Markdown table: mean ± standard error, and AUC@30 paired against uniform.
 
     AUC is in points (0 to 100); ATE and point error are in units of the normalised scene (mean distance of
-    true points to the first camera is 1).
+    true points to the first camera is 1), or in mm by DTU's protocol.
     """
     return _table(summaries, _MIXED, ("auc30", "AUC@30 - uniform", 100.0, 1))
 
