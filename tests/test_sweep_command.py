@@ -73,6 +73,7 @@ def test_a_sweep_and_the_same_again(profile: Path, tmp_path: Path) -> None:
         (("--arm", "kwon"), "add --calibration-data"),
         (("--arm", "best"), "'best' is not one of"),
         (("--threshold", "0"), "0.0 is not in the range"),
+        (("--tolerance", "nan"), "--tolerance nan was given"),
         (("--weights", "/nothing.pt"), "/nothing.pt"),
     ],
 )

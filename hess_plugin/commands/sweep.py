@@ -107,7 +107,7 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
 
     score = Profile.load(profile)
     amounts, arms, metrics = _rows(options), _arms(options, score), metrics_of(options)
-    _check_rows(amounts, arms)
+    _check_rows(amounts, arms, options["tolerance"])
     loaded, found, manager = model_and_scenes(model, weights, options)
     blocks = {name: options[name] for name in ("block_q", "block_k")}
     plan = _plan(loaded, score, amounts, arms, options) | {"model": model, "weights": weights or "shipped", **blocks}
@@ -165,10 +165,12 @@ def _arms(options: dict[str, Any], profile: Profile) -> list[Arm]:
     return list({arm.name: arm for arm in arms}.values())
 
 
-def _check_rows(rows: Sequence[Row], arms: Sequence[Arm]) -> None:
+def _check_rows(rows: Sequence[Row], arms: Sequence[Arm], tolerance: float) -> None:
     """Refuse an amount out of range before a large model is read."""
     from hess_plugin.settings import Settings
 
+    if tolerance != tolerance:  # click's range lets NaN through, which nothing would ever match
+        raise click.UsageError("--tolerance nan was given, wanted a difference of sparsities like 0.005.")
     for row in rows:
         if row.sparsity == 0.0:
             raise click.UsageError("sparsity 0 is the dense model, which is always measured; leave it out.")
