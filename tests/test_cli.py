@@ -331,7 +331,7 @@ def test_evaluate_measures_every_arm(invoke: Invoke, data: str, profile: Path) -
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {"dense", "uniform", "reverse", "uncapped"} and len(rows) == 2 * 7
     matched = [row for row in rows if row["arm"] in ("uniform", "reverse")]
-    assert all(float(row["sparsity"]) == pytest.approx(float(row["target"]), abs=0.02) for row in matched)
+    assert all(float(row["sparsity"]) == pytest.approx(float(row["row"]), abs=0.02) for row in matched)
     assert {(row["profile"], row["camera_weight"], row["normalisation"]) for row in rows} == {
         (str(profile), "0.5", "sum")
     }
@@ -363,12 +363,17 @@ def test_evaluate_refuses_a_score_without_a_profile(invoke: Invoke, data: str) -
     "wrong, words",
     [
         (("--sparsity", "1.2"), "sparsity is 1.2"),
-        (("--arm", "hess"), "arm 'hess' divides budgets by a profile and none was given"),
         (("--arm", "best"), "allocation is 'best', wanted one of uniform"),
     ],
 )
 def test_evaluate_refuses_an_arm_before_it_runs(invoke: Invoke, data: str, wrong: tuple[str, ...], words: str) -> None:
     assert_one_sentence(invoke("evaluate", "--model", "demo", "--data", data, *wrong, "-o", "a.csv"), words)
+    assert left_behind() == []
+
+
+def test_evaluate_asks_for_the_profile_of_an_arm(invoke: Invoke, data: str) -> None:
+    result = invoke("evaluate", "--model", "demo", "--data", data, "--arm", "hess", "-o", "a.csv")
+    assert_one_sentence(result, "--arm hess divides budgets by a profile", "add --profile", code=2)
     assert left_behind() == []
 
 

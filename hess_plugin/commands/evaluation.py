@@ -115,6 +115,7 @@ def _text(summaries: list[Summary], metrics: MetricSettings) -> str:
 def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
     """The dense model, then every arm at every amount."""
     from hess_plugin.evaluation.arms import Arm, Row
+    from hess_plugin.settings import Settings
 
     rule = {name: options[name] for name in ("sparse_ratio", "cdf_threshold")}
     if any(value is not None for value in rule.values()):
@@ -124,6 +125,8 @@ def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
     else:
         rows = [Row(sparsity) for sparsity in options["sparsity"] or (0.73,) if sparsity != 0.0]
     names = options["arms"] or (("uniform",) if profile is None else ("uniform", "hess"))
+    for name in names:
+        Settings(0.5, None, None, name)  # an allocation that does not exist
     guided = [name for name in names if Arm(name, 0.5, name).guided]
     if profile is None and guided:
         raise click.UsageError(f"--arm {guided[0]} divides budgets by a profile and none was given; add --profile.")

@@ -50,9 +50,7 @@ FORMATS: dict[str, SceneFormat] = {
     "dtu": SceneFormat(mvsnet.find_sources, "MVSNet's layout: images/ and cams/, or Rectified/", mvsnet.OPTIONS),
     "7scenes": SceneFormat(seven_scenes.find_sources, "7-Scenes sequences seq-01/, ...", seven_scenes.OPTIONS),
     "tum": SceneFormat(tum.find_sources, "TUM RGB-D scenes with rgb.txt and groundtruth.txt", tum.OPTIONS),
-    "rooms": SceneFormat(
-        rooms.find_sources, "the demo's synthetic rooms; a split for a folder", rooms.OPTIONS, folder=False
-    ),
+    "rooms": SceneFormat(rooms.find_sources, "the demo's rooms; a split, no folder", rooms.OPTIONS, folder=False),
 }
 
 
