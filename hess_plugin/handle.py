@@ -1,18 +1,47 @@
-"""The handle of a patched model."""
+"""The handles of a model that was changed: what gives it back."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict
 from types import TracebackType
+from typing import TypeVar
 
 from .attention import SiteAttention
 from .report import PatchReport
 from .scoring import Scoring
 from .settings import Settings
 
+Self = TypeVar("Self", bound="Handle")
 
-class Patch:
+
+class Handle:
+    """Gives a model back exactly as it was: by `remove`, any number of times, or as a context manager."""
+
+    def __init__(self) -> None:
+        self._undo = contextlib.ExitStack()
+        self._active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still changed by this handle."""
+        return self._active
+
+    def remove(self) -> None:
+        """Undo the change; a second call does nothing."""
+        self._active = False
+        self._undo.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class Patch(Handle):
     """The handle of one patched model: a context manager, a report and the undo.
 
     Made by `patch`. `remove` gives the model back exactly as it was; it may be called any number of times.
@@ -26,23 +55,12 @@ class Patch:
         scoring: Scoring | None,
         stepped_aside: str | None = None,
     ) -> None:
+        super().__init__()
         self._attentions = attentions
         self._settings = settings
         self._scoring = scoring
         self._stepped_aside = stepped_aside
         self._backend = backend
-        self._undo = contextlib.ExitStack()
-        self._active = True
-
-    @property
-    def active(self) -> bool:
-        """Whether the model is still patched by this handle."""
-        return self._active
-
-    def remove(self) -> None:
-        """Undo the patch; a second call does nothing."""
-        self._active = False
-        self._undo.close()
 
     def report(self) -> PatchReport:
         """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
@@ -51,14 +69,6 @@ class Patch:
         settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
         sites = tuple(attention.tally.report() for attention in self._attentions)
         return PatchReport(sites, self._backend, self._settings.allocation, settings)
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import pluggy
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import PatchError
+from hess_plugin.handle import Handle
 from hess_plugin.interception import SDPA, is_patched
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.report import PatchReport, Tally
@@ -99,24 +99,13 @@ def _output_dtype(value: Tensor) -> torch.dtype:
     return value.dtype
 
 
-class Pruned:
+class Pruned(Handle):
     """The handle of one pruned model: a context manager, a report and the undo; made by `prune_heads`."""
 
     def __init__(self, attentions: Sequence[PrunedAttention], settings: dict[str, Any]) -> None:
+        super().__init__()
         self._attentions = attentions
         self._settings = settings
-        self._undo = contextlib.ExitStack()
-        self._active = True
-
-    @property
-    def active(self) -> bool:
-        """Whether the model is still pruned by this handle."""
-        return self._active
-
-    def remove(self) -> None:
-        """Give the model its heads back; a second call does nothing."""
-        self._active = False
-        self._undo.close()
 
     def report(self) -> PatchReport:
         """Report the share of pruned heads, measured by site and head, and seconds, since `prune_heads`.
@@ -126,14 +115,6 @@ class Pruned:
         """
         sites = tuple(attention.tally.report() for attention in self._attentions)
         return PatchReport(sites, "sdpa", "pruned", dict(self._settings))
-
-    def __enter__(self) -> Pruned:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
