@@ -1,9 +1,7 @@
-"""From which number of tokens on patching pays on a machine: measured once, kept in the profile, read by `patch`."""
+"""From which number of tokens on patching pays on a machine."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,6 @@ from .json_fields import COUNT, COUNT_OR_NULL, LIST, POSITIVE, SHARE, TEXT, TEXT
 
 if TYPE_CHECKING:
     import torch
-
-    from .profiles import Profile
-
-METADATA_KEY = "break_even"
-MAX_DISTANCE = 0.05  # sparsity further from the measured one than this is not taken to have the same break-even
 
 
 @dataclass(frozen=True)
@@ -200,77 +193,6 @@ def smallest_paying(timings: Sequence[Timing]) -> Timing | None:
             break
         found = timing
     return found
-
-
-def break_evens(profile: Profile) -> list[BreakEven]:
-    """Read every break-even of a profile.
-
-    Raises:
-        ProfileError: a record is damaged.
-    """
-    stored = profile.metadata.get(METADATA_KEY, [])
-    if not isinstance(stored, list):
-        raise _damaged(f"wanted a list of them, got {type(stored).__name__}")
-    return [_read(record) for record in stored]
-
-
-def record_break_even(profile: Profile, entry: BreakEven) -> Profile:
-    """Copy a profile with a break-even, in the place of an earlier one of the same conditions and sparsity.
-
-    Damaged records, which nothing can use, are dropped.
-    """
-    stored = profile.metadata.get(METADATA_KEY, [])
-    kept: list[BreakEven] = []
-    for record in stored if isinstance(stored, list) else []:
-        with contextlib.suppress(ProfileError):
-            kept.append(_read(record))
-    key = (entry.conditions, entry.sparsity)
-    place = next((i for i, old in enumerate(kept) if (old.conditions, old.sparsity) == key), len(kept))
-    kept[place : place + 1] = [entry]
-    records = [one.to_json() for one in kept]
-    return dataclasses.replace(profile, metadata={**profile.metadata, METADATA_KEY: records})
-
-
-def recorded_limit(profile: Profile, conditions: Conditions, sparsity: float | None) -> int:
-    """Look up below how many patch tokens the dense path is the faster one; 0 where that is unknown.
-
-    A record counts if machine, dtype, backend and block sizes are the same and its sparsity is at most `MAX_DISTANCE`
-    away; the nearest sparsity is taken. A record under the same autocast goes before others, which count too, because
-    autocast may be entered after the model is patched. Between equals the larger limit is taken. Versions are not
-    compared: measure again after an upgrade.
-
-    Args:
-        profile: whose records are read.
-        conditions: what the model is about to run under.
-        sparsity: asked for; None where a rule decides it, for which no record was made.
-
-    Raises:
-        ProfileError: a record is damaged.
-    """
-    if sparsity is None or METADATA_KEY not in profile.metadata:
-        return 0
-    ranked = []
-    for entry in break_evens(profile):
-        distance = round(abs(entry.sparsity - sparsity), 9)
-        other = entry.conditions.autocast != conditions.autocast
-        if dataclasses.replace(entry.conditions, autocast=conditions.autocast) == conditions:
-            ranked.append((other, distance, -entry.dense_below))
-    usable = [rank for rank in ranked if rank[1] <= MAX_DISTANCE]
-    return -min(usable)[2] if usable else 0
-
-
-def _read(record: object) -> BreakEven:
-    try:
-        return BreakEven.from_json(record)
-    except ProfileError as error:
-        raise _damaged(str(error).rstrip(".")) from error
-
-
-def _damaged(reason: str) -> ProfileError:
-    return ProfileError(
-        f"a break-even in the profile is damaged ({reason}); run `hess-patch bench --end-to-end` again, which replaces "
-        "it, or patch with dense_below=0."
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

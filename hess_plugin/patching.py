@@ -17,7 +17,7 @@ import hess_plugin_cuda
 
 from .adapting import Adapter, Replacement
 from .attention import SiteAttention
-from .break_even import Conditions, recorded_limit
+from .break_even import Conditions
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
@@ -25,6 +25,7 @@ from .interception import LAYOUT_MARK, is_patched, restore
 from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
+from .recorded_break_evens import recorded_limit
 from .scoring import Scoring, head_scores
 from .settings import Settings
 from .sites import Site

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from hess_plugin import Profile, patch
-from hess_plugin.break_even import Timing, break_evens
+from hess_plugin.break_even import Timing
 from hess_plugin.cli import main
 from hess_plugin.demo.model import TinyVGGT, load_demo_model
 from hess_plugin.evaluation import timers
@@ -19,6 +19,7 @@ from hess_plugin.evaluation.tables import profile_summary
 from hess_plugin.evaluation.timing import TooLarge
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import weights_fingerprint
+from hess_plugin.recorded_break_evens import break_evens
 from hess_plugin.scoring import ERROR_NAMES
 from hess_plugin.sites import PROJECTIONS
 

@@ -17,17 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hess_plugin import PatchError, Profile, ProfileError, patch
-from hess_plugin.break_even import (
-    MAX_DISTANCE,
-    METADATA_KEY,
-    BreakEven,
-    Conditions,
-    Timing,
-    break_evens,
-    record_break_even,
-    recorded_limit,
-    smallest_paying,
-)
+from hess_plugin.break_even import BreakEven, Conditions, Timing, smallest_paying
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.demo.scenes import RoomScenes
 from hess_plugin.evaluation.arms import Arm
@@ -35,6 +25,13 @@ from hess_plugin.evaluation.comparison import compare
 from hess_plugin.machine import machine_key
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import weights_fingerprint
+from hess_plugin.recorded_break_evens import (
+    MAX_DISTANCE,
+    METADATA_KEY,
+    break_evens,
+    record_break_even,
+    recorded_limit,
+)
 from hess_plugin.scoring import ERROR_NAMES
 from hess_plugin.sites import PROJECTIONS
 

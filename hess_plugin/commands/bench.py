@@ -208,8 +208,8 @@ def _entry(sizes: Sizes, size: tuple[int, int], how: dict[str, Any], conditions:
 
 
 def _record(path: Path, entry: BreakEven) -> None:
-    from hess_plugin.break_even import record_break_even
     from hess_plugin.profiles import Profile
+    from hess_plugin.recorded_break_evens import record_break_even
 
     # Read again: timing took a while, and something else may have been recorded meanwhile.
     target = path.resolve()  # the file that a link points to is replaced, not the link

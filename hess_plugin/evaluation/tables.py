@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hess_plugin.break_even import break_evens
+from hess_plugin.recorded_break_evens import break_evens
 from hess_plugin.scoring import ERROR_NAMES, Scoring, error_shares, head_scores
 from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
 from hess_plugin.verdict import judge
