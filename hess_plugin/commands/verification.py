@@ -45,6 +45,7 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
     From then on `hess_plugin.patch` takes uniform budgets, and says so, where the profile was shown to be worse.
     Scenes that the profile was calibrated on are left out. Give 20 scenes or more: differences are small.
     """
+    from hess_plugin.evaluation.protocol import ALIGNMENT_WORDS
     from hess_plugin.evaluation.statistics import summarise
     from hess_plugin.evaluation.tables import comparison_table
     from hess_plugin.evaluation.verify import HeldOut, arms_of
@@ -84,8 +85,9 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
         )
     click.echo(comparison_table(summarise(found.rows)))
     click.echo(
-        f"\nscenes: {len(held_out)} held out; mean ± standard error; AUC in points; score: {scoring.resolved(loaded)}; "
-        f"{describe_machine()}."
+        f"\nscenes: {len(held_out)} held out; mean ± standard error; AUC in points; ATE after "
+        f"{ALIGNMENT_WORDS['cameras']}, point error after {ALIGNMENT_WORDS['pixels']}; score: "
+        f"{scoring.resolved(loaded)}; {describe_machine()}."
     )
     for verification in found.verifications:
         click.echo(f"verdict: {verification.text}")

@@ -134,7 +134,8 @@ def _protocol(settings: DemoSettings) -> str:
     return (
         f"Demo model on synthetic rooms: {settings.test} test scenes x {settings.views} views, profile from "
         f"{settings.calibration} other scenes, blocks {settings.block} x {settings.block}, mean ± standard error over "
-        f"scenes. AUC in points; ATE and point error in units of the mean distance of true points to the first camera; "
+        "scenes. AUC in points; ATE after Umeyama on camera centres, point error after Umeyama on the points of the "
+        "same pixels, trimmed once, both in units of the mean distance of true points to the first camera; "
         f"seconds of one forward, too short a sequence to gain from skipping (benchmarks/end_to_end.py has longer "
         f"ones). hess-plugin {__version__}; {describe_machine()}."
     )

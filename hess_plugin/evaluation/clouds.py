@@ -80,43 +80,17 @@ def compare_clouds(predicted: Tensor, true: Tensor, threshold: float) -> CloudSc
     return CloudScores.from_distances(there, back, threshold)
 
 
-def accuracy(predicted: Tensor, true: Tensor) -> float:
-    """Mean distance from predicted points `[n, 3]` to the nearest true point."""
-    return float(nearest_distances(predicted, true).mean())
-
-
-def completeness(predicted: Tensor, true: Tensor) -> float:
-    """Mean distance from true points `[m, 3]` to the nearest predicted point."""
-    return float(nearest_distances(true, predicted).mean())
-
-
-def chamfer(predicted: Tensor, true: Tensor) -> float:
-    """Mean of accuracy and completeness, the "overall" score of the DTU benchmark, of clouds in one frame."""
-    return (accuracy(predicted, true) + completeness(predicted, true)) / 2
-
-
-def pointmap_error(prediction: Prediction, scene: Scene, similarity: Similarity) -> float:
-    """Mean distance between predicted and true points of the same pixels, wherever the truth is known.
+@torch.no_grad()
+def pixel_distance(prediction: Prediction, scene: Scene, similarity: Similarity) -> float:
+    """Mean distance between predicted and true points of the same pixels; NaN for a scene without depth.
 
     Points of low confidence count as well: a model must not score better by being unsure.
 
     Args:
         prediction: of the scene's views.
-        scene: with depth.
+        scene: in any unit, which is that of the distance.
         similarity: from the prediction to the scene, for example from `align`.
-
-    Raises:
-        CalibrationError: when the scene has no depth.
     """
-    error = pixel_distance(prediction, scene, similarity)
-    if math.isnan(error):
-        raise CalibrationError(f"Scene {scene.name} has no depth to compare a pointmap with; use a scene with depth.")
-    return error
-
-
-@torch.no_grad()
-def pixel_distance(prediction: Prediction, scene: Scene, similarity: Similarity) -> float:
-    """`pointmap_error`, or NaN for a scene without depth."""
     pairs = corresponding_points(prediction, scene, confident_only=False)
     if pairs is None or not len(pairs[0]):
         return math.nan

@@ -19,7 +19,6 @@ METRICS = (
     "f1", "sparsity", "seconds",
 )  # fmt: skip
 FAILED = "failed: "
-LARGER_IS_BETTER = ("auc30", "auc15", "auc5", "auc3", "f1")
 
 
 @dataclass(frozen=True)

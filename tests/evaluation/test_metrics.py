@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hess_plugin.calibration.alignment import align
 from hess_plugin.demo.rooms import make_scene
-from hess_plugin.evaluation.clouds import pointmap_error
+from hess_plugin.evaluation.clouds import pixel_distance
 from hess_plugin.evaluation.metrics import ALIGNMENTS, MetricSettings, PredictionScores, measure_prediction
 from hess_plugin.evaluation.pose import absolute_trajectory_error, pose_auc
 from hess_plugin.exceptions import CalibrationError, MissingDependency, PatchError
@@ -72,7 +72,7 @@ def test_every_metric_is_that_of_its_definition(scene: Scene, random_similarity:
         **{f"auc{degrees}": areas[degrees] for degrees in (30, 15, 5, 3)},
         ate=absolute_trajectory_error(prediction.c2w, scene.c2w),
         centre_error=math.sqrt(float(centres.square().sum(-1).mean())),
-        point_error=pointmap_error(prediction, scene, move),
+        point_error=pixel_distance(prediction, scene, move),
         accuracy=float(there.mean()),
         completeness=float(back.mean()),
         chamfer=float(there.mean() + back.mean()) / 2,
