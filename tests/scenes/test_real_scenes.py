@@ -9,7 +9,7 @@ import torch
 
 from hess_plugin.calibration.errors import scene_errors
 from hess_plugin.calibration.neighbours import CloudIndex
-from hess_plugin.evaluation.clouds import pointmap_error
+from hess_plugin.evaluation.clouds import pixel_distance
 from hess_plugin.evaluation.pose import absolute_trajectory_error, pose_auc
 from hess_plugin.geometry import Similarity, project, quaternion_to_matrix, unproject
 from hess_plugin.predictions import Prediction
@@ -88,4 +88,4 @@ def test_a_prediction_in_another_frame_is_aligned_and_measured(real_scenes: Path
         assert first.points is not None and second.points is not None
         assert first.points.item() == second.points.item() < 5e-4
         assert first.alignment.method.startswith("pixels, icp")
-        assert pointmap_error(prediction, scene.normalised(), first.alignment.similarity) < 0.03
+        assert pixel_distance(prediction, scene.normalised(), first.alignment.similarity) < 0.03
