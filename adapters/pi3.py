@@ -35,7 +35,16 @@ def hess_describe_family(model: Any) -> Family:
         framing=Framing(model.patch_size, 255_000**0.5, "area"),  # upstream: at most so many pixels
         source="lambda = 0 for Pi3: HeSS (arXiv 2603.25336), sec. 4; ReSS (arXiv 2609.35593)",
         blocks=("decoder", "point_decoder.blocks", "camera_decoder.blocks", "conf_decoder.blocks"),
+        separable=_separable(model),
     )
+
+
+def _separable(model: Any) -> tuple[tuple[str, int], ...]:
+    """What treats frames, [B * N, ...], or the tokens of one sequence, [B, N * P, C], alone."""
+    heads = ("encoder", "point_decoder", "conf_decoder", "camera_decoder", "point_head", "conf_head", "camera_head")
+    blocks = range(len(model.decoder))
+    frame = [(f"decoder.{i}", 0) for i in blocks if i % 2 == 0]
+    return (*((head, 0) for head in heads), *frame, *((f"decoder.{i}.mlp", 1) for i in blocks if i % 2 == 1))
 
 
 @hookimpl

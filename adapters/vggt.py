@@ -13,6 +13,7 @@ from hess_plugin import (
     AdapterError,
     Family,
     Framing,
+    JoinedLayers,
     Prediction,
     Site,
     TokenLayout,
@@ -47,7 +48,40 @@ def hess_describe_family(model: Any) -> Family:
         blocks=("aggregator.frame_blocks", "aggregator.global_blocks"),
         frame_heads=tuple(dense[:1]),
         unused_heads=tuple(dense[1:]),  # hess_predict reads one of the two
+        separable=_separable(model),
+        joined_layers=_joined_layers(model),
     )
+
+
+def _separable(model: Any) -> tuple[tuple[str, int], ...]:
+    """What treats frames, [B * S, ...] or [B, S, ...], or the tokens of one sequence, [B, N, C], alone."""
+    count = len(model.aggregator.global_blocks)
+    found = [("aggregator.patch_embed", 0), *((f"aggregator.frame_blocks.{i}", 0) for i in range(count))]
+    found += [(f"aggregator.global_blocks.{i}.mlp", 1) for i in range(count)]
+    found += [(name, 1) for name in ("point_head", "depth_head", "track_head.feature_extractor") if _has(model, name)]
+    return tuple(found)
+
+
+def _has(model: Any, name: str) -> bool:
+    """Whether a head was built."""
+    for part in name.split("."):
+        model = getattr(model, part, None)
+    return model is not None
+
+
+def _joined_layers(model: Any) -> JoinedLayers | None:
+    """The layers that the heads read; None where all are kept for a reason, or nobody knows who reads which."""
+    aggregator = model.aggregator
+    if hasattr(aggregator, "cached_layer_indices"):  # since May 2026 upstream keeps only some itself
+        return None
+    count, read = len(aggregator.global_blocks), {-1}  # the camera head reads the last
+    for name, child in model.named_children():
+        layers = [part.intermediate_layer_idx for part in child.modules() if hasattr(part, "intermediate_layer_idx")]
+        if not layers and name not in ("aggregator", "camera_head"):
+            return None
+        read |= {index for some in layers for index in some}
+    blocks = ("aggregator.frame_blocks", "aggregator.global_blocks")
+    return JoinedLayers("aggregator", blocks, tuple(sorted({index % count for index in read})))
 
 
 def _width(model: Any) -> int | None:
@@ -76,27 +110,31 @@ def hess_predict(model: Any, images: Tensor) -> Prediction:
     output = model(images[None])
     if "pose_enc" not in output:
         raise AdapterError("this VGGT was built without its camera head; build it with enable_camera=True.")
-    pose = output["pose_enc"][0].float()  # [S, 9]: translation, quaternion xyzw, fov_h, fov_w, camera from world
-    w2c = torch.eye(4, device=pose.device).repeat(len(pose), 1, 1)
-    w2c[:, :3, :3] = quaternion_to_matrix(pose[:, 3:7])
-    w2c[:, :3, 3] = pose[:, :3]
-    c2w = invert_rigid(w2c)
-    if "world_points" in output:
+    dense = "world_points" if "world_points" in output else "depth"
+    c2w, intrinsics = cameras(output["pose_enc"][0].float(), *output[dense].shape[2:4])
+    if dense == "world_points":
         points, confidence = output["world_points"][0], output["world_points_conf"][0]
     else:
         depth, confidence = output["depth"][0, ..., 0].float(), output["depth_conf"][0]
-        points = unproject(depth, _intrinsics(pose[:, 7:], *depth.shape[1:]), c2w)
+        points = unproject(depth, intrinsics, c2w)
     # HeSS discards confidence below 1; upstream's is 1 + exp(.), so this keeps every point, as in the paper.
     return Prediction(c2w, points.float(), confidence.float(), min_confidence=1.0)
 
 
-def _intrinsics(fov: Tensor, height: int, width: int) -> Tensor:
-    """Pinhole cameras [S, 3, 3] of a field of view [S, 2] (h, w) in radians, on upstream's grid: centre at W/2, H/2."""
-    matrix = torch.eye(3, device=fov.device).repeat(len(fov), 1, 1)
-    size = torch.tensor([height, width], device=fov.device)
-    matrix[:, 1, 1], matrix[:, 0, 0] = (size / 2 / torch.tan(fov / 2)).unbind(-1)
-    matrix[:, 0, 2], matrix[:, 1, 2] = width / 2, height / 2
-    return matrix
+def cameras(encoding: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Decode poses `[S, 9]`: camera-from-world translation and quaternion xyzw, field of view (h, w) in radians.
+
+    Returns:
+        `c2w` `[S, 4, 4]` and pinhole cameras `[S, 3, 3]` on upstream's grid of pixels: centre at W/2, H/2.
+    """
+    w2c = torch.eye(4, device=encoding.device).repeat(len(encoding), 1, 1)
+    w2c[:, :3, :3] = quaternion_to_matrix(encoding[:, 3:7])
+    w2c[:, :3, 3] = encoding[:, :3]
+    intrinsics = torch.eye(3, device=encoding.device).repeat(len(encoding), 1, 1)
+    size = torch.tensor([height, width], device=encoding.device)
+    intrinsics[:, 1, 1], intrinsics[:, 0, 0] = (size / 2 / torch.tan(encoding[:, 7:] / 2)).unbind(-1)
+    intrinsics[:, 0, 2], intrinsics[:, 1, 2] = width / 2, height / 2
+    return invert_rigid(w2c), intrinsics
 
 
 @hookimpl

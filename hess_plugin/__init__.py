@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .adapting import Adapter as Adapter
     from .adapting import Family as Family
+    from .adapting import JoinedLayers as JoinedLayers
     from .adapting import Replacement as Replacement
+    from .auto.patcher import auto_patch as auto_patch
     from .calibration.calibrator import calibrate as calibrate
     from .calibration.errors import Errors as Errors
     from .calibration.errors import scene_errors as scene_errors
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .geometry import unproject as unproject
     from .handle import Patch as Patch
     from .hookspecs import hookimpl as hookimpl
+    from .interception import intercept as intercept
     from .loading import import_upstream as import_upstream
     from .loading import load_weights as load_weights
     from .patching import patch as patch
@@ -55,7 +58,8 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .sites import fused_site as fused_site
 
 _HOME = {
-    "adapting": ("Adapter", "Family", "Replacement"),
+    "auto.patcher": ("auto_patch",),
+    "adapting": ("Adapter", "Family", "JoinedLayers", "Replacement"),
     "calibration.calibrator": ("calibrate",),
     "calibration.errors": ("Errors", "scene_errors"),
     "exceptions": (
@@ -74,6 +78,7 @@ _HOME = {
     "geometry": ("Similarity", "invert_rigid", "quaternion_to_matrix", "to_world", "unproject"),
     "handle": ("Patch",),
     "hookspecs": ("hookimpl",),
+    "interception": ("intercept",),
     "loading": ("import_upstream", "load_weights"),
     "patching": ("patch", "unpatch"),
     "plugins": ("get_plugin_manager", "resolve_adapter"),

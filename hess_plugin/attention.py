@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from .plans import Layouts, Plan, allocate, make_plan
 from .report import Tally
 from .settings import Settings
 from .sites import Site, TokenLayout
+from .uncompiled import has_values, is_traced
+
+GROUP = 2**23
+"""Numbers of q in a group of heads that a lean patch works on at once."""
 
 _log = logging.getLogger(__name__)
 _TOLD_SHORTFALL = 0.02
@@ -26,6 +32,25 @@ _ANY_KERNEL = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+
+class _Ordered(NamedTuple):
+    """Queries, keys and values `[B, H, N, d]` of a call, from which copies in block order are made as needed."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dtype: torch.dtype
+    order: Tensor
+
+    def heads(self, name: str, some: slice) -> Tensor:
+        """Some heads of one of them."""
+        tensor: Tensor = getattr(self, name)
+        return tensor[:, some].to(self.dtype).index_select(2, self.order)
+
+    def all(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Some heads of all three."""
+        return self.heads("query", some), self.heads("key", some), self.heads("value", some)
 
 
 class SiteAttention:
@@ -58,8 +83,16 @@ class SiteAttention:
         """Answer one ``scaled_dot_product_attention`` call on q, k, v ``[B, H, N, d]``.
 
         Raises:
-            PatchError: the call is masked, causal, grouped, has dropout, or is not over the announced tokens.
+            PatchError: the call is masked, causal, grouped, has dropout, is not over the announced tokens, or is being
+                traced.
         """
+        if is_traced():
+            raise PatchError(
+                f"{self.site.name} chooses blocks by the values of its input, which a trace or an export would freeze; "
+                "call remove() on the model's patch and export it without."
+            )
+        if not has_values(query):  # only the shape is asked for; nothing of it may be kept for later calls
+            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         plan = self._plan(query)
         if not plan.dense:
             self._check_plain(query, key, attn_mask, dropout_p, is_causal, enable_gqa)
@@ -118,39 +151,95 @@ class SiteAttention:
         if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
             # What autocast does to scaled_dot_product_attention: VGGT leaves q and k in float32 beside a bfloat16 v.
             dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
+        groups = self._groups(query)
+        # Pi3 pins SDPA to kernels that the backend's own dense calls may not find: open the choice again.
+        with torch.autocast(device_type, enabled=False), sdpa_kernel(_ANY_KERNEL):
             order, inverse = self.layouts.order(plan.layout, query.device)
-            q, k, v = (t.to(dtype).index_select(2, order) for t in (query, key, value))
-            lists = self._select(plan, q.detach(), k.detach(), scale)
-            # Pi3 pins SDPA to kernels that the backend's own dense calls may not find: open the choice again.
-            with sdpa_kernel(_ANY_KERNEL):
-                output = hess_plugin_cuda.block_sparse_attention(
-                    q, k, v, lists, scale=scale, backend=self.settings.backend
-                )
-        return output.index_select(2, inverse)
+            ordered = _Ordered(query, key, value, dtype, order)
+            if len(groups) > 1:
+                return self._by_groups(plan, ordered, groups, scale)
+            q, k, v = ordered.all(groups[0])
+            pooled = self._pool(plan, q, k, scale)
+            amounts = self._amounts(plan, groups, [pooled], len(q))
+            return self._attend(q, k, v, pooled, amounts[0], scale).index_select(2, inverse)
 
-    def _select(self, plan: Plan, q: Tensor, k: Tensor, scale: float | None) -> hess_plugin_cuda.BlockLists:
-        """Choose the kept blocks of one call and count them; no gradient flows through the choice."""
-        settings, patches, batch = self.settings, plan.layout.patch_tokens, q.shape[0]
-        with torch.no_grad():
-            pooled = sparsity.pool(
-                q[:, :, :patches], k[:, :, :patches], settings.block_q, settings.block_k, scale=scale
-            )
-            select = sparsity.SELECTORS[settings.selector]
-            counts, budgets, total = None, plan.budgets, None
-            if budgets is not None:
-                # The settings alone decide the total: a Python integer, so that nothing waits for the device.
-                budgets, total = budgets.expand(batch, -1), batch * plan.kept
-            else:
-                counts = sparsity.pooled_uniform_counts(
-                    pooled, settings.sparse_ratio, settings.cdf_threshold, settings.minimum
-                )
-                if plan.weights is not None:
-                    budgets = allocate(counts.sum((1, 2)), plan.weights, settings, plan.rows, plan.columns)
-            if budgets is None:
-                assert counts is not None
-                lists, kept = select(pooled, counts=counts), counts.sum((0, 2))
-            else:
-                lists, kept = select(pooled, budgets=budgets, total=total), budgets.sum(0)
-            self.tally.sparse(kept, batch * plan.pairs, batch * plan.rows * plan.special_columns)
-        return lists
+    def _groups(self, query: Tensor) -> list[slice]:
+        """Heads to work on together: all of them, or few enough to copy in little memory."""
+        heads = query.shape[1]
+        # Autograd keeps what a call reads, so that groups would save nothing.
+        if self.settings.memory == "plain" or torch.is_grad_enabled():
+            return [slice(0, heads)]
+        count = math.ceil(heads / max(1, GROUP * heads // query.numel()))
+        return [slice(heads * i // count, heads * (i + 1) // count) for i in range(count)]
+
+    def _by_groups(self, plan: Plan, ordered: _Ordered, groups: list[slice], scale: float | None) -> Tensor:
+        """Work on groups of heads one after the other: copies in block order exist of one group at a time."""
+        batch, heads, tokens, width = ordered.query.shape
+        # The heads of a token lie side by side: to join them is what every module does next, without a copy then.
+        output = ordered.query.new_empty((batch, tokens, heads, width), dtype=ordered.dtype).transpose(1, 2)
+        pooled: list[sparsity.PooledTokens] | None = None
+        if plan.budgets is None:  # what a head gets depends on the values in all heads
+            pooled = [
+                self._pool(plan, ordered.heads("query", some), ordered.heads("key", some), scale) for some in groups
+            ]
+        amounts = self._amounts(plan, groups, pooled, batch)
+        for index, some in enumerate(groups):
+            q, k, v = ordered.all(some)
+            own = self._pool(plan, q, k, scale) if pooled is None else pooled[index]
+            output[:, some].index_copy_(2, ordered.order, self._attend(q, k, v, own, amounts[index], scale))
+        return output
+
+    @torch.no_grad()
+    def _pool(self, plan: Plan, q: Tensor, k: Tensor, scale: float | None) -> sparsity.PooledTokens:
+        patches, settings = plan.layout.patch_tokens, self.settings
+        return sparsity.pool(q[:, :, :patches], k[:, :, :patches], settings.block_q, settings.block_k, scale=scale)
+
+    @torch.no_grad()
+    def _amounts(
+        self, plan: Plan, groups: list[slice], pooled: list[sparsity.PooledTokens] | None, batch: int
+    ) -> list[dict[str, Any]]:
+        """How much each group of heads keeps, as its selector wants it; counted for the report.
+
+        Args:
+            plan: of the call.
+            groups: of heads.
+            pooled: tokens of every group; may be None where the plan has budgets.
+            batch: items B.
+        """
+        budgets, counts = plan.budgets, None
+        if budgets is not None:
+            # The settings alone decide the totals: Python integers, so that nothing waits for the device.
+            budgets = budgets.expand(batch, -1)
+            totals = [batch * sum(plan.head_budgets[some]) for some in groups]
+        else:
+            assert pooled is not None
+            rule = self.settings.sparse_ratio, self.settings.cdf_threshold, self.settings.minimum
+            counts = torch.cat([sparsity.pooled_uniform_counts(part, *rule) for part in pooled], 1)
+            if plan.weights is not None:
+                budgets = allocate(counts.sum((1, 2)), plan.weights, self.settings, plan.rows, plan.columns)
+            kept = counts.sum(2) if budgets is None else budgets
+            totals = torch.stack([kept[:, some].sum() for some in groups]).tolist()  # the one wait for a GPU
+        if budgets is not None:
+            amounts = [{"budgets": budgets[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
+            self._count(plan, budgets.sum(0), batch)
+        else:
+            assert counts is not None
+            amounts = [{"counts": counts[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
+            self._count(plan, counts.sum((0, 2)), batch)
+        return amounts
+
+    def _count(self, plan: Plan, kept: Tensor, batch: int) -> None:
+        self.tally.sparse(kept, batch * plan.pairs, batch * plan.rows * plan.special_columns)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pooled: sparsity.PooledTokens,
+        amounts: dict[str, Any],
+        scale: float | None,
+    ) -> Tensor:
+        """Choose the kept blocks of some heads, through which no gradient flows, and attend to them."""
+        lists = sparsity.SELECTORS[self.settings.selector](pooled, **amounts)
+        return hess_plugin_cuda.block_sparse_attention(q, k, v, lists, scale=scale, backend=self.settings.backend)

@@ -32,6 +32,10 @@ class Handle:
         self._active = False
         self._undo.close()
 
+    def release(self) -> None:
+        """Forget how to undo the change, which stays: this handle no longer keeps the model in memory."""
+        self._undo.pop_all()
+
     def __enter__(self: Self) -> Self:
         return self
 
@@ -45,7 +49,12 @@ class Patch(Handle):
     """The handle of one patched model: a context manager, a report and the undo.
 
     Made by `patch`. `remove` gives the model back exactly as it was; it may be called any number of times.
+
+    Attributes:
+        measures: what ``memory="lean"`` changed, in words; empty without.
     """
+
+    measures: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -56,7 +65,7 @@ class Patch(Handle):
         stepped_aside: str | None = None,
     ) -> None:
         super().__init__()
-        self._attentions = attentions
+        self._tallies = [attention.tally for attention in attentions]
         self._settings = settings
         self._scoring = scoring
         self._stepped_aside = stepped_aside
@@ -67,9 +76,9 @@ class Patch(Handle):
         settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
         settings |= {} if self._scoring is None else asdict(self._scoring)
         settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
-        sites = tuple(attention.tally.report() for attention in self._attentions)
-        return PatchReport(sites, self._backend, self._settings.allocation, settings)
+        sites = tuple(tally.report() for tally in self._tallies)
+        return PatchReport(sites, self._backend, self._settings.allocation, settings, self.measures)
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
-        return f"<Patch of {len(self._attentions)} sites, allocation {self._settings.allocation}, {state}>"
+        return f"<Patch of {len(self._tallies)} sites, allocation {self._settings.allocation}, {state}>"

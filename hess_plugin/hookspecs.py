@@ -33,6 +33,7 @@ def hess_claim_model(model: nn.Module) -> bool | None:
 
     Called once for each `patch` or `calibrate`, on every adapter; exactly one has to answer True. Look at
     attributes, not at the class: forks carry the same class names, and different names for the same class.
+    An adapter that fails here, or answers something else, is warned of and does not claim the model.
 
     Returns:
         True if the model is this adapter's, else None or False.
@@ -94,7 +95,8 @@ def hess_replace_attention(site: Site, attend: Callable[..., Tensor]) -> Replace
     """Make one site call `attend` instead of ``scaled_dot_product_attention``.
 
     The core answers by running the module's own forward with that one call intercepted; an adapter answers
-    first where a model spells attention out. `attend` has the signature of ``scaled_dot_product_attention``
+    first where a model spells attention out, best with ``hess_plugin.intercept(site, attend, forward=...)``, whose
+    forward makes the call. `attend` has the signature of ``scaled_dot_product_attention``
     and receives q, k, v ``[B, H, N, d]`` after normalisation and position encoding.
 
     Returns:
@@ -106,6 +108,6 @@ def hess_replace_attention(site: Site, attend: Callable[..., Tensor]) -> Replace
 def hess_load_model(name: str, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
     """Build a model for the command line. Optional.
 
-    Called once with ``--model NAME`` on every adapter; answer None when the name is not yours. `weights` is
-    a hub id, the path of a ``.safetensors`` or ``.pt`` file, or ``random``. Return the model in eval mode.
+    Called once with ``--model NAME``, on the built-in adapters first; answer None when the name is not yours.
+    `weights` is a hub id, the path of a ``.safetensors`` or ``.pt`` file, or ``random``. Return the model in eval mode.
     """

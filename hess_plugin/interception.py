@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from .exceptions import PatchError
 from .sites import Site
+from .uncompiled import Uncompiled, is_traced
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
-_MARK = "_hess_plugin_intercepted"
-LAYOUT_MARK = "_hess_plugin_layout"
-"""Attribute of the pre-hooks by which a patch reads token layouts."""
 
 
 class _AnswerAttention(TorchFunctionMode):
@@ -40,72 +39,157 @@ class _AnswerAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Unpicklable:
+    """What a patch leaves in a model: refuses to be pickled, in a sentence that says what to do instead."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PatchError(
+            "a patched model cannot be pickled (torch.save, a spawned process): take model.state_dict(), which is that "
+            "of the unpatched model, or call remove() on its patch first and patch again where it is loaded."
+        )
+
+
+class _Forward(Uncompiled, Unpicklable):
+    """What an intercepted module calls instead of its own forward: that forward, its attention call answered.
+
+    An object and not a closure: a copy of the module needs one that runs the copy.
+    """
+
+    __slots__ = ("active", "attend", "before", "module", "name", "spelled")
+    reason = "hess_plugin chooses the blocks of this attention by their values"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        attend: Callable[..., Tensor],
+        before: Any,
+        spelled: Callable[..., Any] | None = None,
+    ) -> None:
+        self.module, self.name, self.attend, self.before, self.spelled = module, name, attend, before, spelled
+        self.active = True  # False where another tool still holds this object after it was removed
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the module's class with its attention call answered."""
+        module = self.module
+        if not self.active:
+            return type(module).forward(module, *args, **kwargs)
+        with _AnswerAttention(self.attend) as mode:
+            output = (self.spelled or type(module).forward)(module, *args, **kwargs)
+        if mode.calls != 1:
+            raise PatchError(
+                f"{self.name} ({type(module).__name__}) called scaled_dot_product_attention {mode.calls} times in one "
+                "forward, wanted exactly one; its adapter must implement hess_replace_attention."
+            )
+        return output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        # `attend` is shared: a copy of a patched model counts in the same report.
+        module, before = copy.deepcopy(self.module, memo), copy.deepcopy(self.before, memo)
+        twin = _Forward(module, self.name, self.attend, before, self.spelled)
+        twin.active = self.active
+        return twin
+
+
+class LayoutHook(Uncompiled, Unpicklable):
+    """The pre-hook by which a patch learns the token layout of every forward."""
+
+    __slots__ = ("see",)
+    reason = "hess_plugin reads the token layout of a forward"
+
+    def __init__(self, see: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> None:
+        self.see = see
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the layout of the forward that starts."""
+        if getattr(module, "_is_replica", False):
+            raise PatchError(
+                "nn.DataParallel runs copies of the model that share the forwards of the original, which a patch "
+                "replaces; use DistributedDataParallel, one process a device."
+            )
+        if not is_traced():  # numbers that only a tracer knows must not be kept for later forwards
+            self.see(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayoutHook:
+        return self  # what it sees is looked up by length, whichever copy of the model runs
+
+
 class Interception:
     """The undo of one intercepted module."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._forward = module.__dict__["forward"]
+    def __init__(self, module: nn.Module, forward: _Forward) -> None:
+        self._module, self._forward = module, forward
 
     def remove(self) -> None:
         """Give the module its own forward back; does nothing if that was done already, by whomever."""
+        self._forward.active = False
         # A later patch of the same module is not this one's to undo.
-        if self._module.__dict__.get("forward") is self._forward:
+        if any(value is self._forward for value in vars(self._module).values()):
             restore(self._module)
 
 
-def intercept(site: Site, attend: Callable[..., Tensor]) -> Interception:
-    """Bind a forward to the site's module that runs its own forward with the attention call answered.
+def intercept(site: Site, attend: Callable[..., Tensor], forward: Callable[..., Any] | None = None) -> Interception:
+    """Replace the forward of the site's module by one that runs its own with the attention call answered.
 
     Args:
         site: the site; its module's class forward must call ``scaled_dot_product_attention`` once.
         attend: called as ``attend(query, key, value, ...)``, with that function's signature.
+        forward: runs in place of the class's own as ``forward(module, ...)``, for a module that spells attention out:
+            the same, but with one call of ``scaled_dot_product_attention``. A function of a module, so that a copy of
+            the patched model can run it.
 
     Raises:
         PatchError: now, if the module's forward is already replaced; when called, if the number of attention
             calls was not one.
     """
     module, name = site.module, site.name
-    if "forward" in module.__dict__:
+    place = _place(module)
+    before = vars(module).get(place)
+    if is_intercepted(module) or not (before is None or _is_own_forward(module, before)):
         owner = "hess_plugin" if is_intercepted(module) else "another tool"
         raise PatchError(f"{name}.forward is already replaced by {owner}; undo that before patching.")
-    if getattr(module, "fused_attn", True) is False:
+    if forward is None and getattr(module, "fused_attn", True) is False:
         raise PatchError(f"{name} has fused_attn=False and spells attention out; set {name}.fused_attn = True first.")
+    held = _Forward(module, name, attend, before, forward)
+    vars(module)[place] = held
+    return Interception(module, held)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # `type(self).forward`, not a captured bound method: after copy.deepcopy the latter would still
-        # run the original module.
-        with _AnswerAttention(attend) as mode:
-            output = type(self).forward(self, *args, **kwargs)
-        if mode.calls != 1:
-            raise PatchError(
-                f"{name} ({type(self).__name__}) called scaled_dot_product_attention {mode.calls} times in one "
-                "forward, wanted exactly one; its adapter must implement hess_replace_attention."
-            )
-        return output
 
-    setattr(forward, _MARK, True)
-    module.forward = types.MethodType(forward, module)
-    return Interception(module)
+def _place(module: nn.Module) -> str:
+    """Where the module keeps the forward to replace: beneath the hook of accelerate, if it has one.
+
+    Accelerate replaces the forward of modules that it moves about, and puts back what it kept when it goes.
+    """
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
+
+
+def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Tell whether this is the class's forward bound to the module, which accelerate leaves behind."""
+    return getattr(forward, "__self__", None) is module and forward.__func__ is getattr(type(module), "forward", None)
 
 
 def is_intercepted(module: nn.Module) -> bool:
     """Tell whether `intercept` replaced this module's forward (also true for a deepcopy of such a module)."""
-    forward = module.__dict__.get("forward")
-    return hasattr(getattr(forward, "__func__", None), _MARK)
+    return any(isinstance(value, _Forward) for value in vars(module).values())
 
 
 def is_patched(model: nn.Module) -> bool:
     """Tell whether a model carries a patch, also one whose adapter replaced attention in its own way."""
     return any(
-        is_intercepted(module) or any(hasattr(hook, LAYOUT_MARK) for hook in module._forward_pre_hooks.values())
+        is_intercepted(module) or any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values())
         for module in model.modules()
     )
 
 
 def restore(module: nn.Module) -> bool:
     """Undo `intercept` on one module, wherever it was patched; tell whether there was anything to undo."""
-    if is_intercepted(module):
-        del module.__dict__["forward"]
-        return True
-    return False
+    held = {place: value for place, value in vars(module).items() if isinstance(value, _Forward)}
+    for place, forward in held.items():
+        forward.active = False  # a tool that wrapped it may hold it elsewhere too
+        if place == "forward" and forward.before is None:
+            del vars(module)[place]
+        else:  # in the hands of a tool that will put it back as the forward
+            vars(module)[place] = forward.before or types.MethodType(type(module).forward, module)
+    return bool(held)

@@ -43,6 +43,7 @@ def load_weights(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    prefix: str = "",
 ) -> nn.Module:
     """Build a model and give it weights.
 
@@ -52,6 +53,7 @@ def load_weights(
             local folder, or a hub id such as ``facebook/VGGT-1B``.
         device: where the model goes.
         dtype: floating type of its parameters.
+        prefix: what names in a file may start with, where upstream saves something around the model.
 
     Returns:
         The model in eval mode.
@@ -70,7 +72,7 @@ def load_weights(
             torch.set_rng_state(state)
     elif path.suffix in _SUFFIXES:
         model = build()
-        _load_state(model, read_state(path), path)
+        _load_state(model, {name.removeprefix(prefix): value for name, value in read_state(path).items()}, path)
     else:
         model = _from_pretrained(build, weights)
     return model.to(device=device, dtype=dtype).eval()
@@ -109,6 +111,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load a state dict; missing or misshapen weights are an error, surplus ones are only reported."""
     wanted = model.state_dict()
+    # Of the names that share a tensor (layer norms in the head of Depth Anything 3) safetensors files keep one.
+    first = {(tensor.data_ptr(), tensor.shape): name for name, tensor in wanted.items() if name in state}
+    for name, tensor in wanted.items():
+        twin = first.get((tensor.data_ptr(), tensor.shape))
+        if name not in state and twin is not None:
+            state[name] = state[twin]
     missing = [name for name in wanted if name not in state]
     misshapen = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
     if missing or misshapen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from .break_even import Conditions
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
-from .interception import LAYOUT_MARK, is_patched, restore
+from .interception import SDPA, LayoutHook, is_patched, restore
+from .lean_patch import make_lean, unmake_lean
 from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
@@ -29,8 +30,10 @@ from .recorded_break_evens import recorded_limit
 from .scoring import Scoring, head_scores
 from .settings import Settings
 from .sites import Site
+from .wrappers import unwrapped
 
 DEFAULT_SPARSITY = 0.73
+UNFIT = ("raise", "dense")
 
 
 def patch(
@@ -55,6 +58,8 @@ def patch(
     strict: bool = True,
     verdict: str = "follow",
     dense_below: int | None = None,
+    unfit: str = "raise",
+    memory: str = "plain",
     adapter: str | None = None,
     manager: pluggy.PluginManager | None = None,
 ) -> Patch:
@@ -72,7 +77,8 @@ def patch(
     very short inputs) the module's own attention call runs, bit for bit.
 
     Args:
-        model: a model that an adapter claims; changed in place. Patch before ``torch.compile`` or wrapping.
+        model: a model that an adapter claims; changed in place. It may be
+            compiled or wrapped in ``DistributedDataParallel``, before or after.
         profile: a calibrated `Profile` or its file; None divides budgets uniformly.
         sparsity: dropped share of patch-block pairs, 0 (dense) to below 1.
         sparse_ratio: rho of SparseVGGT, the share of key blocks a row may drop.
@@ -99,6 +105,11 @@ def patch(
         dense_below: patch tokens of a forward, of all views together, below which every site takes the dense path.
             None takes what `hess-patch bench` recorded in the profile for this machine, backend, block sizes and about
             this sparsity, or no limit where nothing was; 0 never takes the dense path for being short.
+        unfit: what to do with an attention call that cannot be made sparse (masked, causal, of tokens that no forward
+            announced): ``raise`` a `PatchError`, or answer it ``dense``, as the unpatched model does, and report it.
+        memory: ``plain``, or ``lean`` for inference in less memory with the same outputs, to rounding: what nothing
+            reads is not kept, and heads, blocks and attention run in chunks. It works where no gradient is recorded
+            (``torch.no_grad()`` or ``inference_mode``), and in eval mode; elsewhere everything is as in ``plain``.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
 
@@ -111,11 +122,8 @@ def patch(
             `verdict` ``refuse``, was shown to harm.
         PatchError: the model is patched already, or a setting is out of range.
     """
-    if sparsity is None and sparse_ratio is None and cdf_threshold is None:
-        sparsity = DEFAULT_SPARSITY
-    if allocation is None:
-        allocation = "uniform" if profile is None else "hess"
-    settings = Settings(
+    settings = make_settings(
+        guided=profile is not None,
         sparsity=sparsity,
         sparse_ratio=sparse_ratio,
         cdf_threshold=cdf_threshold,
@@ -128,7 +136,11 @@ def patch(
         seed=seed,
         block_order=block_order,
         dense_below=0 if dense_below is None else dense_below,
+        memory=memory,
     )
+    allocation = settings.allocation
+    if unfit not in UNFIT:
+        raise PatchError(f"unfit is {unfit!r}, wanted one of {', '.join(UNFIT)}.")
     if profile is None and allocation not in ("uniform", "equal"):
         raise PatchError(
             f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE."
@@ -139,9 +151,13 @@ def patch(
             f"a score was chosen ({scoring}), which is made of a profile, and none was given; pass profile=FILE."
         )
     check_verdict(verdict)
+    model = unwrapped(model)
     chosen = resolve_adapter(model, adapter, manager)
     if is_patched(model):
-        raise PatchError("this model is patched already; call remove() on its patch (or hess_plugin.unpatch) first.")
+        raise PatchError(
+            "this model, or a module that it shares with another, is patched already; call remove() on its patch (or "
+            "hess_plugin.unpatch) first."
+        )
     sites = chosen.sites(model)
     scores = stepped_aside = None
     if profile is not None:
@@ -161,11 +177,42 @@ def patch(
     # If anything fails half way, the sites replaced so far are put back.
     with contextlib.ExitStack() as undo:
         for site, attention in zip(sites, attentions, strict=True):
-            undo.callback(_replace(chosen, site, attention).remove)
+            undo.callback(_replace(chosen, site, attention, unfit).remove)
         for name in dict.fromkeys(site.layout_module for site in sites):
             undo.callback(_watch_layout(chosen, model, name, layouts).remove)
+        if memory == "lean":
+            handle.measures = make_lean(model, chosen.family(model), sites, undo)
         handle._undo = undo.pop_all()
     return handle
+
+
+def make_settings(
+    *,
+    guided: bool,
+    sparsity: float | None = None,
+    sparse_ratio: float | None = None,
+    cdf_threshold: float | None = None,
+    allocation: str | None = None,
+    **others: Any,
+) -> Settings:
+    """Fill in what `patch` takes by default.
+
+    Args:
+        guided: whether a profile is given.
+        sparsity: as in `patch`.
+        sparse_ratio: as in `patch`.
+        cdf_threshold: as in `patch`.
+        allocation: as in `patch`.
+        **others: further fields of `Settings`.
+
+    Raises:
+        PatchError: a setting is out of range.
+    """
+    if sparsity is None and sparse_ratio is None and cdf_threshold is None:
+        sparsity = DEFAULT_SPARSITY
+    if allocation is None:
+        allocation = "hess" if guided else "uniform"
+    return Settings(sparsity, sparse_ratio, cdf_threshold, allocation, **others)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -176,9 +223,10 @@ def unpatch(model: nn.Module) -> int:
     """
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hasattr(hook, LAYOUT_MARK):
+            if isinstance(hook, LayoutHook):
                 module._forward_pre_hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+    unmake_lean(model)
     return sum(restore(module) for module in model.modules())
 
 
@@ -194,7 +242,9 @@ def _checked(profile: Profile | str | Path, sites: list[Site], strict: bool) -> 
 
 def _resolve_backend(backend: str, site: Site) -> str:
     """Fail now, not in the first forward, if the named backend does not exist or cannot run here."""
-    weight = site.weight()
+    weight = site.tensor()
+    if weight.is_meta and backend in ("auto", *hess_plugin_cuda.available_backends()):
+        return backend  # the device it will run on is not known yet
     try:
         return hess_plugin_cuda.resolve_backend(
             backend, device=weight.device, dtype=weight.dtype, head_dim=site.head_dim
@@ -205,7 +255,9 @@ def _resolve_backend(backend: str, site: Site) -> str:
 
 def _measured_limit(profile: Profile, settings: Settings, site: Site, backend: str) -> int:
     """Patch tokens below which the dense path was found to be the faster one here; 0 where nothing is known."""
-    weight = site.weight()
+    weight = site.tensor()
+    if weight.is_meta:
+        return 0
     kind = weight.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     conditions = Conditions.of(
@@ -214,11 +266,17 @@ def _measured_limit(profile: Profile, settings: Settings, site: Site, backend: s
     return recorded_limit(profile, conditions, settings.sparsity)
 
 
-def _replace(adapter: Adapter, site: Site, attention: SiteAttention) -> Replacement:
+def _replace(adapter: Adapter, site: Site, attention: SiteAttention, unfit: str) -> Replacement:
     # A plain function, not the SiteAttention itself: copy.deepcopy of a patched model copies functions by
     # reference and would walk through an object into the adapter, the site and the original model.
     def attend(*args: Any, **kwargs: Any) -> Any:
-        return attention(*args, **kwargs)
+        try:
+            return attention(*args, **kwargs)
+        except PatchError as error:
+            if unfit == "raise":
+                raise
+            attention.tally.unfit(str(error))
+            return SDPA(*args, **kwargs)
 
     return adapter.replace_attention(site, attend)
 
@@ -226,9 +284,7 @@ def _replace(adapter: Adapter, site: Site, attention: SiteAttention) -> Replacem
 def _watch_layout(adapter: Adapter, model: nn.Module, name: str, layouts: Layouts) -> RemovableHandle:
     """Note the token layout before every forward of the module that receives the images."""
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def see(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         layouts.see(adapter.token_layout(model, args, kwargs))
 
-    hook: Callable[..., Any] = watch
-    setattr(hook, LAYOUT_MARK, True)  # how `unpatch` knows its own hooks
-    return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    return model.get_submodule(name).register_forward_pre_hook(LayoutHook(see), with_kwargs=True)

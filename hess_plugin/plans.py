@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -23,17 +24,20 @@ class Layouts:
 
     Layouts are found by sequence length, which is what an attention call can know of its forward. A call recomputed
     by gradient checkpointing runs after its forward has returned, perhaps after another forward of another shape, and
-    still finds its own. Of two layouts of one length (2 frames of 40 tokens and 4 of 20) the later one counts.
+    still finds its own. Of two layouts of one length (2 frames of 40 tokens and 4 of 20) the later one counts: that of
+    the calling thread, or of any thread where this one announced none (autograd recomputes in threads of its own).
     """
 
     def __init__(self, block_order: str, block_k: int) -> None:
         self._block_order, self._block_k = block_order, block_k
         self._by_tokens: dict[int, TokenLayout] = {}
+        self._own = threading.local()
         self._orders: OrderedDict[tuple[TokenLayout, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
 
     def see(self, layout: TokenLayout) -> None:
         """Note the layout of the forward that starts."""
         self._by_tokens[layout.tokens] = layout
+        self._of_thread()[layout.tokens] = layout
 
     def of(self, tokens: int, site: str) -> TokenLayout:
         """Find the layout of a sequence.
@@ -41,7 +45,7 @@ class Layouts:
         Raises:
             PatchError: no forward of this length was announced.
         """
-        layout = self._by_tokens.get(tokens)
+        layout = self._of_thread().get(tokens) or self._by_tokens.get(tokens)
         if layout is None:
             known = ", ".join(str(n) for n in sorted(self._by_tokens)) or "none"
             raise PatchError(
@@ -49,6 +53,11 @@ class Layouts:
                 "call the model on images (or its adapter's layout module), or check the adapter's hess_token_layout."
             )
         return layout
+
+    def _of_thread(self) -> dict[int, TokenLayout]:
+        if not hasattr(self._own, "by_tokens"):
+            self._own.by_tokens = {}
+        return self._own.by_tokens
 
     def order(self, layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
         """Token index ``[tokens]`` that puts patches first in block order, and the index that undoes it.
@@ -89,7 +98,7 @@ class Plan:
         special_columns: special key blocks, always kept.
         dense: whether every block is kept.
         budgets: kept pairs of every head ``[H]`` int64 when the settings alone decide them, else None.
-        kept: sum of `budgets`.
+        head_budgets: `budgets` as Python integers, so that nothing waits for the device; empty where it is None.
         weights: shares of the heads ``[H]`` on that device, or None for the rule's own counts.
     """
 
@@ -99,8 +108,13 @@ class Plan:
     special_columns: int
     dense: bool
     budgets: Tensor | None
-    kept: int
+    head_budgets: tuple[int, ...]
     weights: Tensor | None
+
+    @property
+    def kept(self) -> int:
+        """Sum of `budgets`."""
+        return sum(self.head_budgets)
 
     @property
     def pairs(self) -> int:
@@ -140,7 +154,7 @@ def make_plan(
         special_columns=math.ceil(layout.special_tokens / settings.block_k),
         dense=dense,
         budgets=None if budgets is None else budgets.to(device),
-        kept=0 if budgets is None else int(budgets.sum()),
+        head_budgets=() if budgets is None else tuple(budgets.tolist()),
         weights=moved,
     )
 

@@ -1,72 +1,64 @@
-"""Finding adapters: the built-in ones by name, installed ones through entry points, one for each model."""
+"""Finding adapters: built-in ones by name, installed ones and named files; and the one that a model belongs to."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pluggy
 from torch import nn
 
-from . import hookspecs
 from .adapting import Adapter
-from .exceptions import AdapterError, AmbiguousModel, UnknownModel
+from .exceptions import AmbiguousModel, HessError, UnknownModel
+from .installed import register_installed
+from .plugin_files import register_files
+from .registry import LeftOut, Registry, called, cause_of, hook_names, one_line, register
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "BUILT_IN",
+    "describe_plugins",
+    "get_plugin_manager",
+    "hook_names",
+    "load_model",
+    "register",
+    "require_claim",
+    "resolve_adapter",
+]
+
 BUILT_IN = {
     "vggt": "hess_plugin.adapters.vggt",
     "pi3": "hess_plugin.adapters.pi3",
+    "da3": "hess_plugin.adapters.da3",
+    "vggt-omega": "hess_plugin.adapters.vggt_omega",
+    "mapanything": "hess_plugin.adapters.mapanything",
     "demo": "hess_plugin.demo.loader",
 }
 GUIDE = "hess_plugin/adapters/README.md"
 
 
-def get_plugin_manager(*, entry_points: bool = True) -> pluggy.PluginManager:
-    """Make a plugin manager with the built-in adapters and, if wanted, every installed one.
+def get_plugin_manager(*, entry_points: bool = True) -> Registry:
+    """Make a plugin manager with the built-in adapters and, if wanted, those of others.
 
     There is no global manager: each call reads the environment afresh.
 
+    Args:
+        entry_points: take installed adapters, but for those that ``HESS_DISABLE_PLUGINS`` names, and adapters in files
+            that ``HESS_PLUGINS`` names. An installed one that is broken is warned of and left out.
+
     Raises:
-        AdapterError: a built-in adapter has a hook that is not in the contract.
+        AdapterError: a file that was named cannot be used.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = Registry()
     for name, module in BUILT_IN.items():
         register(manager, importlib.import_module(module), name)
     if entry_points:
-        _register_entry_points(manager)
+        register_installed(manager)
+        register_files(manager)
     return manager
-
-
-def register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
-    """Register one adapter and refuse hooks that the contract does not know.
-
-    Raises:
-        AdapterError: a hook is misspelt, not marked with `hookimpl`, or takes an argument the contract does not
-            give, or the plugin's name is taken. The manager is then as before.
-    """
-    unmarked = [h for h in hook_names() if hasattr(plugin, h) and manager.parse_hookimpl_opts(plugin, h) is None]
-    if unmarked:
-        raise AdapterError(f"adapter {name!r} defines {unmarked[0]} without @hess_plugin.hookimpl; mark it.")
-    try:
-        manager.register(plugin, name)
-        manager.check_pending()
-    except (pluggy.PluginValidationError, ValueError) as error:
-        if manager.get_plugin(name) is plugin:
-            manager.unregister(plugin)
-        raise AdapterError(
-            f"adapter {name!r} does not fit the contract: {_one_line(error)}; compare its hooks with "
-            f"hess_plugin.hookspecs ({', '.join(hook_names())})."
-        ) from error
-
-
-def hook_names() -> list[str]:
-    """List the hooks of the contract."""
-    return [name for name in vars(hookspecs) if name.startswith("hess_")]
 
 
 def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.PluginManager | None = None) -> Adapter:
@@ -84,15 +76,17 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
     if not isinstance(model, nn.Module):
         raise UnknownModel(f"a model of type {type(model).__name__} was given, wanted a torch.nn.Module.")
     manager = manager or get_plugin_manager()
-    known = sorted(name for name, plugin in manager.list_name_plugin() if plugin is not None)
+    known = sorted(_names(manager))
     if name is not None:
         if name not in known:
-            raise UnknownModel(f"no adapter is called {name!r}; known: {', '.join(known)}.")
+            raise UnknownModel(f"no adapter is called {name!r}; known: {', '.join(known)}{_missing(manager)}.")
         return Adapter(name, manager)
     claims = [n for n in known if _claims(Adapter(n, manager), model)]
     kind = f"{type(model).__name__} ({type(model).__module__})"
     if not claims:
-        raise UnknownModel(f"no adapter claims {kind}; known: {', '.join(known)}; write one: {GUIDE}.")
+        raise UnknownModel(
+            f"no adapter claims {kind}; known: {', '.join(known)}{_missing(manager)}; write one: {GUIDE}."
+        )
     if len(claims) > 1:
         raise AmbiguousModel(
             f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME (--adapter NAME)."
@@ -115,20 +109,6 @@ def require_claim(model: nn.Module, name: str, manager: pluggy.PluginManager | N
     return adapter
 
 
-def _claims(adapter: Adapter, model: nn.Module) -> bool:
-    """Ask one adapter; one that fails on a model it does not know must not keep the others from answering."""
-    try:
-        return True in adapter.call("hess_claim_model", model=model)
-    except Exception as error:
-        warnings.warn(
-            f"adapter {adapter.name!r} failed when asked whether it knows {type(model).__name__} "
-            f"({type(error).__name__}: {_one_line(error)}) and was left out; repair its hess_claim_model.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return False
-
-
 def load_model(
     name: str,
     weights: str,
@@ -137,55 +117,111 @@ def load_model(
     dtype: torch.dtype,
     manager: pluggy.PluginManager | None = None,
 ) -> nn.Module:
-    """Build a model by name through the adapters (`hess_load_model`).
+    """Build a model by name through the adapters (`hess_load_model`): the built-in ones are asked first.
 
     Raises:
         UnknownModel: no adapter loads a model of this name.
+        AdapterError: an adapter failed, or returned something other than a model in eval mode.
     """
     manager = manager or get_plugin_manager()
-    model = manager.hook.hess_load_model(name=name, weights=weights, device=device, dtype=dtype)
-    if model is None:
-        loaders = sorted(n for n, p in manager.list_name_plugin() if p is not None and hasattr(p, "hess_load_model"))
-        raise UnknownModel(f"no adapter loads a model called {name!r}; adapters that load: {', '.join(loaders)}.")
-    return model
+    failed: list[HessError] = []
+    for asked in _loading_order(manager):
+        try:
+            model = Adapter(asked, manager).load(name, weights, device, dtype)
+        except HessError as error:  # perhaps this model is another adapter's
+            failed.append(error)
+            continue
+        if model is not None:
+            for problem in failed:
+                warnings.warn(f"while {name!r} was looked for: {problem}", RuntimeWarning, stacklevel=2)
+            return model
+    if failed:
+        raise failed[0]
+    loaders = sorted(n for n, p in _names(manager).items() if hasattr(p, "hess_load_model"))
+    raise UnknownModel(
+        f"no adapter loads a model called {name!r}; adapters that load: {', '.join(loaders)}{_missing(manager)}."
+    )
 
 
 def describe_plugins(manager: pluggy.PluginManager | None = None) -> list[dict[str, object]]:
-    """Describe every registered adapter: name, module, package with version, the hooks it implements."""
+    """Describe every adapter, sorted by name.
+
+    Returns:
+        For each: ``name``; ``module``; ``package`` with its version, None for a ``file``; the ``hooks`` it implements;
+        its ``status``, ``ok``, ``disabled`` or ``broken``, and ``why`` where it is not ``ok``.
+    """
     manager = manager or get_plugin_manager()
-    packages = {entry.name: entry.dist for entry in metadata.entry_points(group=hookspecs.PROJECT)}
     described: list[dict[str, object]] = []
-    for name, plugin in sorted(manager.list_name_plugin()):
-        if plugin is None:
-            continue
-        owner = None if name in BUILT_IN else packages.get(name)
+    for name, plugin in _names(manager).items():
+        origin = getattr(manager, "origins", {}).get(name)
         marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}  # without the marker it is no hook
+        package = "hess-plugin" if name in BUILT_IN else None
         described.append(
             {
                 "name": name,
                 "module": getattr(plugin, "__name__", type(plugin).__name__),
-                "package": "hess-plugin" if owner is None else f"{owner.name} {owner.version}",
+                "package": str(origin).removeprefix("package ") if origin and origin.package else package,
+                "file": origin.file if origin else None,
                 "hooks": [hook for hook in hook_names() if hook in marked],
+                "status": "ok",
+                "why": None,
             }
         )
-    return described
+    for left in _left_out(manager):
+        described.append(
+            {
+                "name": left.name,
+                "module": left.module,
+                "package": str(left.origin).removeprefix("package "),
+                "file": None,
+                "hooks": [],
+                "status": left.status,
+                "why": left.why,
+            }
+        )
+    return sorted(described, key=lambda plugin: str(plugin["name"]))
 
 
-def _register_entry_points(manager: pluggy.PluginManager) -> None:
-    """Register installed adapters; one that cannot be imported is named and left out, the others stay."""
-    for entry in sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda entry: entry.name):
-        try:
-            register(manager, entry.load(), entry.name)
-        except Exception as error:  # whatever a stranger's module raises while it is imported
-            owner = entry.dist.name if entry.dist else entry.value
-            warnings.warn(
-                f"adapter {entry.name!r} of package {owner!r} was left out: {_one_line(error)} "
-                f"(uninstall or repair {owner!r} to end this warning).",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+def _names(manager: pluggy.PluginManager) -> dict[str, object]:
+    return {name: plugin for name, plugin in manager.list_name_plugin() if plugin is not None}
 
 
-def _one_line(error: Exception) -> str:
-    """Squeeze an error into one line without its final full stop."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+def _left_out(manager: pluggy.PluginManager) -> list[LeftOut]:
+    return getattr(manager, "left_out", [])
+
+
+def _missing(manager: pluggy.PluginManager) -> str:
+    """Name the adapters that were left out: one of them may be the one looked for."""
+    names = [f"{left.name} ({left.status})" for left in _left_out(manager)]
+    return f"; left out: {', '.join(names)}, see hess-patch plugins" if names else ""
+
+
+def _loading_order(manager: pluggy.PluginManager) -> list[str]:
+    """Built-in adapters, then files, then installed ones, so that no stranger stands before one of ours."""
+    origins = getattr(manager, "origins", {})
+    return sorted(_names(manager), key=lambda name: 0 if name not in origins else 1 if origins[name].file else 2)
+
+
+def _claims(adapter: Adapter, model: nn.Module) -> bool:
+    """Ask one adapter; one that fails on a model it does not know must not keep the others from answering."""
+    try:
+        answers = adapter.ask("hess_claim_model", model=model)
+    except Exception as error:
+        cause = cause_of(error, adapter.file_of("hess_claim_model"))
+        what = f"failed when asked whether it knows {type(model).__name__} ({cause})"
+    else:
+        strange = [answer for answer in answers if not isinstance(answer, bool)]
+        if not strange:
+            return True in answers
+        what = (
+            f"answered whether it knows {type(model).__name__} with {one_line(strange[0])[:60]!r} of type "
+            f"{type(strange[0]).__name__}, wanted True, False or None,"
+        )
+    origin = getattr(adapter.manager, "origins", {}).get(adapter.name)
+    way_out = f", or leave it out: HESS_DISABLE_PLUGINS={origin.package}" if origin and origin.package else ""
+    warnings.warn(
+        f"{called(adapter.manager, adapter.name)} {what} and was left out; repair its hess_claim_model{way_out}.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False

@@ -129,7 +129,7 @@ class Profile:
         Raises:
             ProfileMismatch: says the first difference.
         """
-        names = tuple(site.name for site in sites)
+        names = tuple(site.key for site in sites)
         if len(names) != len(self.sites):
             raise ProfileMismatch(
                 f"the profile has {len(self.sites)} sites, the model {len(names)}; calibrate this model to get its own."
@@ -226,16 +226,23 @@ def weights_fingerprint(sites: Sequence[Site]) -> str:
 
     Returns:
         16 hexadecimal digits.
+
+    Raises:
+        ProfileError: another tool has sharded the weights or moved them away.
     """
     digest = hashlib.blake2b(digest_size=8)
     for site in sites:
-        weights: list[nn.Parameter] = []
-        for projection in PROJECTIONS:
-            weight = site.weight(projection)
-            if all(weight is not other for other in weights):
-                weights.append(weight)
-        for weight in weights:
-            digest.update(f"{site.name}{tuple(weight.shape)}".encode())
+        named = {site.projections[projection].parameter: projection for projection in PROJECTIONS}
+        for projection in named.values():
+            weight = site.tensor(projection)
+            sharded = hasattr(weight, "full_tensor")  # a DTensor, whose whole takes all processes to gather
+            if sharded or weight.is_meta:
+                raise ProfileError(
+                    f"the weights of {site.name} are {'sharded' if sharded else 'on the meta device'} and cannot be "
+                    "compared with a profile's; patch before another tool takes them away, or pass strict=False to "
+                    "trust that they are the profile's."
+                )
+            digest.update(f"{site.key}{tuple(weight.shape)}".encode())
             digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,9 @@ class SiteReport:
         sparsity: dropped share of the patch-block pairs of all calls together, or None without a call.
         sparsity_all_keys: dropped share of all key blocks seen by patch queries, special ones included.
         head_sparsity: `sparsity` of every head.
+        unfit_calls: calls that could not be made sparse and were answered dense (``patch(..., unfit="dense")``); they
+            are not among `calls`.
+        unfit: why the first of them could not.
     """
 
     name: str
@@ -33,6 +37,8 @@ class SiteReport:
     sparsity: float | None
     sparsity_all_keys: float | None
     head_sparsity: tuple[float, ...] | None
+    unfit_calls: int = 0
+    unfit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ class PatchReport:
         backend: name of the attention backend.
         allocation: how budgets were divided among heads.
         settings: every other setting of the patch.
+        measures: what ``memory="lean"`` changed, in words; empty without.
     """
 
     sites: tuple[SiteReport, ...]
     backend: str
     allocation: str
     settings: dict[str, Any]
+    measures: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float | None:
@@ -84,23 +92,31 @@ class PatchReport:
             f"sparsity {_share(self.sparsity)} ({_share(self.sparsity_all_keys)} of all key blocks), "
             f"backend {self.backend}, allocation {self.allocation}, {self.seconds:.4f} s in attention"
         )
+        unfit = [site for site in self.sites if site.unfit_calls]
+        if unfit:
+            count = sum(site.unfit_calls for site in unfit)
+            lines.append(f"{count} calls could not be made sparse and ran dense: {unfit[0].unfit}")
         if self.settings.get("dense_below"):
             lines.append(f"forwards of fewer than {self.settings['dense_below']} patch tokens take the dense path")
+        lines += [f"lean memory: {measure}" for measure in self.measures]
         if "stepped_aside" in self.settings:
             lines.append(f"the profile's budgets stepped aside for uniform ones: it {self.settings['stepped_aside']}")
         return "\n".join(lines)
 
 
 class Tally:
-    """Running counts of one site; nothing here waits for a device."""
+    """Running counts of one site, by any number of threads; nothing here waits for a device."""
 
     def __init__(self, site: Site) -> None:
-        self._site = site
+        self._name = site.name  # not the site, whose module a report must not keep alive
+        self._lock = threading.Lock()
         self._calls = 0
         self._dense_calls = 0
         self._total = 0  # patch-block pairs a head had, over all calls and batch items
         self._special = 0  # special key blocks seen by patch query blocks, per head
         self._seconds = 0.0
+        self._unfit_calls = 0
+        self._unfit: str | None = None
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         # An ordinary tensor even when patched or first called under inference_mode, where a new tensor
         # could not be updated later outside of it.
@@ -109,23 +125,32 @@ class Tally:
 
     def dense(self, pairs: int, special: int) -> None:
         """Count one call that kept everything: `pairs` patch-block pairs and `special` block pairs a head."""
-        self._dense_calls += 1
-        self._kept += pairs
-        self._total += pairs
-        self._special += special
+        with self._lock:
+            self._dense_calls += 1
+            self._kept += pairs
+            self._total += pairs
+            self._special += special
 
     def sparse(self, kept: Tensor, pairs: int, special: int) -> None:
         """Count one sparse call that kept `kept` ``[H]`` patch-block pairs of `pairs` a head."""
-        if self._kept.device != kept.device:
-            with torch.inference_mode(False):
-                self._kept = self._kept.to(kept.device)
-        self._kept += kept
-        self._total += pairs
-        self._special += special
+        with self._lock:
+            if self._kept.device != kept.device:
+                with torch.inference_mode(False):
+                    self._kept = self._kept.to(kept.device)
+            self._kept += kept
+            self._total += pairs
+            self._special += special
+
+    def unfit(self, why: str) -> None:
+        """Count one call that could not be made sparse."""
+        with self._lock:
+            self._unfit_calls += 1
+            self._unfit = self._unfit or why
 
     def start(self, device: torch.device) -> Any:
         """Start the clock of one call: wall clock on the CPU, an event on a GPU (read only by `report`)."""
-        self._calls += 1
+        with self._lock:
+            self._calls += 1
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -135,16 +160,18 @@ class Tally:
     def stop(self, started: Any, device: torch.device) -> None:
         """Stop the clock of one call."""
         if isinstance(started, float):
-            self._seconds += time.perf_counter() - started
+            with self._lock:
+                self._seconds += time.perf_counter() - started
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
-        self._events.append((started, event))
-        if len(self._events) > 4096:
-            self._settle_events()
+        with self._lock:
+            self._events.append((started, event))
+            if len(self._events) > 4096:
+                self._settle_events()
 
     def _settle_events(self) -> None:
-        """Turn recorded GPU events into seconds; waits for the device."""
+        """Turn recorded GPU events into seconds, under the lock; waits for the device."""
         for first, last in self._events:
             last.synchronize()
             self._seconds += first.elapsed_time(last) / 1000.0
@@ -152,14 +179,25 @@ class Tally:
 
     def report(self) -> SiteReport:
         """Read the counts."""
-        self._settle_events()
         sparsity = all_keys = heads = None
-        if self._total:
-            kept = self._kept.tolist()
-            heads = tuple(1.0 - count / self._total for count in kept)
+        with self._lock:
+            self._settle_events()
+            total, special, kept = self._total, self._special, self._kept.tolist()
+        if total:
+            heads = tuple(1.0 - count / total for count in kept)
             sparsity = sum(heads) / len(heads)
-            all_keys = sparsity * self._total / (self._total + self._special)
-        return SiteReport(self._site.name, self._calls, self._dense_calls, self._seconds, sparsity, all_keys, heads)
+            all_keys = sparsity * total / (total + special)
+        return SiteReport(
+            self._name,
+            self._calls,
+            self._dense_calls,
+            self._seconds,
+            sparsity,
+            all_keys,
+            heads,
+            self._unfit_calls,
+            self._unfit,
+        )
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -9,6 +9,7 @@ from . import sparsity
 from .block_order import BLOCK_ORDERS
 from .exceptions import PatchError
 
+MEMORY = ("plain", "lean")
 ALLOCATIONS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
 
 
@@ -31,6 +32,7 @@ class Settings:
         seed: of the ``random`` allocation.
         block_order: order in which the patches of a frame fill blocks, a name of `BLOCK_ORDERS`.
         dense_below: patch tokens of a forward below which nothing is dropped; 0 for no such limit.
+        memory: ``plain``, or ``lean`` for inference in less memory.
     """
 
     sparsity: float | None
@@ -45,6 +47,7 @@ class Settings:
     seed: int = 0
     block_order: str = "raster"
     dense_below: int = 0
+    memory: str = "plain"
 
     def __post_init__(self) -> None:
         rule = self.sparse_ratio is not None or self.cdf_threshold is not None
@@ -64,6 +67,8 @@ class Settings:
             raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
         if self.block_order not in BLOCK_ORDERS:
             raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
+        if self.memory not in MEMORY:
+            raise PatchError(f"memory is {self.memory!r}, wanted one of {', '.join(MEMORY)}.")
         if self.selector not in sparsity.SELECTORS:
             raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
         for name, least in (("block_q", 1), ("block_k", 1), ("minimum", 1), ("dense_below", 0)):

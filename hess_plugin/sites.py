@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class Site:
         layout_module: name of the module whose inputs tell the token layout of this site (the smallest
             module a user may call on images); ``""`` is the model itself.
         projections: where W_Q, W_K and W_V are, by the letters ``q``, ``k``, ``v``.
+        network: name of the module that holds all sites where people also hold it without what is around it (the
+            ``model`` of Depth Anything 3); ``""`` is the model itself.
     """
 
     name: str
@@ -47,10 +50,44 @@ class Site:
     head_dim: int
     layout_module: str
     projections: Mapping[str, Projection]
+    network: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name inside the network: what a profile calls the site, whoever is around it."""
+        return self.name.removeprefix(f"{self.network}.") if self.network else self.name
 
     def weight(self, projection: str = "q") -> nn.Parameter:
-        """Return the parameter that holds one projection (fused ``qkv`` holds all three)."""
-        return self.module.get_parameter(self.projections[projection].parameter)
+        """Return the parameter that holds one projection (fused ``qkv`` holds all three).
+
+        Raises:
+            AdapterError: it is no parameter, but made of others.
+        """
+        weight, name = self.tensor(projection), self.projections[projection].parameter
+        if not isinstance(weight, nn.Parameter):
+            raise AdapterError(
+                f"{self.name}.{name} is not a parameter but made of others, by torch.nn.utils.parametrize or a like "
+                "tool; undo that first (parametrize.remove_parametrizations) and repeat it afterwards."
+            )
+        return weight
+
+    def tensor(self, projection: str = "q") -> Tensor:
+        """Return what the module computes that projection with: `weight`, or what is made in its place.
+
+        Raises:
+            AdapterError: there is no such tensor.
+        """
+        name = self.projections[projection].parameter
+        found: Any = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, Tensor):
+            raise AdapterError(
+                f"{self.name}.{name} ({type(self.module).__name__}) is not a tensor but "
+                f"{'missing' if found is None else 'a ' + type(found).__name__}; another tool replaced the layer (a "
+                "quantised one keeps no weight to read); undo that first."
+            )
+        return found
 
     def head_rows(self, gradient: Tensor, projection: str = "q") -> Tensor:
         """View the rows of one projection in a gradient of its weight as ``[H, d, in_features]``."""
@@ -59,7 +96,7 @@ class Site:
         return rows.unflatten(0, (self.num_heads, self.head_dim))
 
 
-def fused_site(model: nn.Module, name: str, layout_module: str) -> Site:
+def fused_site(model: nn.Module, name: str, layout_module: str, network: str = "") -> Site:
     """Describe an attention module with one fused ``qkv`` linear layer, rows q | k | v, head-major.
 
     Raises:
@@ -74,7 +111,7 @@ def fused_site(model: nn.Module, name: str, layout_module: str) -> Site:
         )
     width = weight.shape[0] // 3
     projections = {letter: Projection("qkv.weight", i * width) for i, letter in enumerate(PROJECTIONS)}
-    return Site(name, module, num_heads, width // num_heads, layout_module, projections)
+    return Site(name, module, num_heads, width // num_heads, layout_module, projections, network)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ Progress = Callable[[str, int, int, str], None]
 class Group(click.Group):
     """A group of commands that shows a user's mistake as one sentence and everything else as it is."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the commands in the order in which they were added: that of the work, not of the alphabet."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         shown = warnings.formatwarning

@@ -27,14 +27,15 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: 
     batch, heads, _, width = q.shape
     patches = lists.query_tokens
     out = _patch_queries(q[:, :, :patches], k, v, lists, scale)
+    if q.shape[2] > patches:
+        out = torch.cat([out, F.scaled_dot_product_attention(q[:, :, patches:], k, v, scale=scale)], 2)
     full = (lists.counts().sum(-1) == lists.query_blocks * lists.key_blocks).flatten().nonzero()[:, 0]
     if full.numel():
-        fq, fk, fv = (x.reshape(batch * heads, -1, width)[None, full] for x in (q[:, :, :patches], k, v))
+        # Special queries once more: a head that keeps everything then rounds as one dense call for it does.
+        fq, fk, fv = (x.reshape(batch * heads, -1, width)[None, full] for x in (q, k, v))
         dense = F.scaled_dot_product_attention(fq, fk, fv, scale=scale)
-        out = out.reshape(batch * heads, patches, width).index_copy(0, full, dense[0]).view_as(out)
-    if q.shape[2] == patches:
-        return out
-    return torch.cat([out, F.scaled_dot_product_attention(q[:, :, patches:], k, v, scale=scale)], 2)
+        out = out.reshape(batch * heads, -1, width).index_copy(0, full, dense[0]).view_as(out)
+    return out
 
 
 def _patch_queries(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:

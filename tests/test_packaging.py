@@ -27,7 +27,7 @@ SHIPPED_FOLDERS = {
     "hess_plugin_cuda": "hess_plugin_cuda",
     "adapters": "hess_plugin/adapters",
 }
-NOT_SHIPPED = ("tests", "benchmarks")
+NOT_SHIPPED = ("tests", "benchmarks", "examples")
 DEPENDENCIES = [path for path in sys.path if Path(path).name in {"site-packages", "dist-packages"}]
 Isolated = Callable[[str], str]
 
@@ -175,6 +175,7 @@ def test_entry_points_are_one_script_and_no_plugin(wheel: Path) -> None:
 
 def test_sdist_can_be_built_and_tested(sdist: Path) -> None:
     wanted = ["cli.py", "setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "tests/test_packaging.py"]
+    wanted += ["examples/hess-plugin-toy/pyproject.toml", "examples/hess-plugin-toy/src/hess_plugin_toy/adapter.py"]
     wanted += [path.relative_to(ROOT).as_posix() for path in (ROOT / "adapters").glob("*.py")]
     assert [name for name in wanted if not (sdist / name).is_file()] == []
 

@@ -99,7 +99,7 @@ class GateGradients:
             ProfileMismatch: says the first difference.
         """
         for what, mine, theirs in (
-            ("sites", self.sites, tuple(site.name for site in sites)),
+            ("sites", self.sites, tuple(site.key for site in sites)),
             ("heads", (self.num_heads,) * len(sites), tuple(site.num_heads for site in sites)),
             ("weights", self.fingerprint, self.fingerprint if fingerprint is None else fingerprint),
         ):
@@ -212,7 +212,7 @@ def _gathered(
     camera, points = (torch.stack([found.traces[name][error] for name in measured]) for error in ERROR_NAMES)
     return GateGradients(
         adapter=adapter,
-        sites=tuple(site.name for site in sites),
+        sites=tuple(site.key for site in sites),
         scenes=tuple(measured),
         camera=camera,
         points=points,

@@ -113,7 +113,7 @@ def calibrate(
         settings = {
             **provenance,
             "adapter": chosen.name,
-            "sites": [site.name for site in sites],
+            "sites": [site.key for site in sites],
             "model_digest": "" if output is None and ranks.size == 1 else model_digest(model),
         }
         ranks.agree({**settings, "camera_weight": weight, **scene_names(scenes, ranks)})
@@ -175,7 +175,7 @@ def _profile(
     traces = [found.traces[name] for name in measured]
     return Profile(
         adapter=adapter,
-        sites=tuple(site.name for site in sites),
+        sites=tuple(site.key for site in sites),
         num_heads=sites[0].num_heads,
         scenes=tuple(measured),
         traces={key: torch.stack([each[key] for each in traces]) for key in traces[0]},

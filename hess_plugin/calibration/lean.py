@@ -105,16 +105,23 @@ def _one_by_one(forward: Callable[..., Any], name: str, frames: int) -> Callable
         # One split for all frames: slicing would give every frame a gradient as large as that of all together.
         parts = [leaf.split(1, dim=1) if _has_frames(leaf, frames) else [leaf] * frames for leaf in leaves]
 
+        kinds: list[type[dict[str, Any]]] = []
+
         def one(*frame: Any) -> Any:
             inside_args, inside_kwargs = tree_unflatten(list(frame), structure)
-            return forward(*inside_args, **inside_kwargs)
+            output = forward(*inside_args, **inside_kwargs)
+            if not isinstance(output, dict):
+                return output
+            kinds.append(type(output))  # a subclass, such as addict's, would count as one leaf
+            return dict(output)
 
         outputs = [
             tree_flatten(checkpoint(one, *frame, use_reentrant=False, preserve_rng_state=False))
             for frame in zip(*parts, strict=True)
         ]
         joined = [torch.cat(leaf, dim=1) for leaf in zip(*(leaves for leaves, _ in outputs), strict=True)]
-        return tree_unflatten(joined, outputs[0][1])
+        result = tree_unflatten(joined, outputs[0][1])
+        return kinds[0](result) if kinds else result
 
     return run
 

@@ -22,7 +22,7 @@ _WITHOUT_TRUTH = (
 )
 
 
-@click.command()
+@click.command(short_help="Measure every head's sensitivity; write a profile.")
 @model_options
 @data_options
 @click.option("-o", "--output", type=OUTPUT, help="Profile to write.")

@@ -12,7 +12,7 @@ from hess_plugin.terminal import progress_bars
 from .options import COUNT, FOLDER
 
 
-@click.command()
+@click.command(short_help="Calibrate, patch and measure a small shipped model.")
 @click.option("-o", "--output", default="hess-demo", show_default=True, type=FOLDER, help="Directory to write.")
 @click.option(
     "--calibration-scenes", type=COUNT, default=32, show_default=True, help="Synthetic rooms to calibrate on."

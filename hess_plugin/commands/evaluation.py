@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--sparsity",
     type=float,
     multiple=True,
-    help="Dropped share of blocks; several allowed; 0.73 by default.",
+    help="Dropped share of patch-block pairs; several allowed; 0.73 by default.",
 )
 @click.option("--sparse-ratio", type=float, help="rho of SparseVGGT, instead of a sparsity.")
 @click.option("--cdf-threshold", type=float, help="tau of SparseVGGT, instead of a sparsity.")

@@ -10,7 +10,7 @@ import click
 from .options import adapter_of, load, model_options
 
 
-@click.command()
+@click.command(short_help="List the sites that an adapter finds in a model.")
 @model_options
 def sites(model: str, weights: str | None, **options: Any) -> None:
     """List the global-attention sites that an adapter finds in a model."""
@@ -30,7 +30,7 @@ def sites(model: str, weights: str | None, **options: Any) -> None:
         click.echo(f"{site.name:{width}}  {site.num_heads:5d}  {site.head_dim:8d}  {site.layout_module or '(model)'}")
 
 
-@click.command()
+@click.command(short_help="Print adapters and their hooks, as JSON.")
 def plugins() -> None:
     """Print installed adapters and the hooks each implements, as JSON."""
     from hess_plugin.plugins import describe_plugins

@@ -36,8 +36,22 @@ def options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+MODELS = ("vggt", "pi3", "pi3x", "da3-small", "da3-base", "da3-large", "da3-giant", "vggt-omega", "demo")
+"""What the adapters of this package load; for a shell that completes names, where importing them takes too long."""
+
+
+def _models(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    return [name for name in MODELS if name.startswith(begun)]
+
+
 model_options = options(
-    click.option("--model", required=True, metavar="NAME", help="Model to load: vggt, pi3, pi3x, demo, ..."),
+    click.option(
+        "--model",
+        required=True,
+        metavar="NAME",
+        shell_complete=_models,
+        help="Model to load: vggt, pi3, pi3x, da3-large, vggt-omega, demo, ... (`hess-patch plugins` lists adapters).",
+    ),
     click.option(
         "--weights",
         metavar="PATH|HUB_ID|random",

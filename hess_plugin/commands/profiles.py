@@ -14,7 +14,7 @@ from .options import COUNT, FILE, OUTPUT
 from .scoring import score_options, scoring_of
 
 
-@click.command()
+@click.command(short_help="Print a profile: provenance, sensitive heads, heat map.")
 @click.argument("profile", type=FILE)
 @click.option("--png", type=OUTPUT, help="Heat map to write; PROFILE.png by default.")
 @score_options
@@ -54,7 +54,7 @@ def show(profile: Path, png: Path | None, heads: int, draws: int, output: Path |
         warn_random()
 
 
-@click.command()
+@click.command(short_help="Compare two profiles: are budgets divided alike?")
 @click.argument("first", type=FILE)
 @click.argument("second", type=FILE)
 @click.option("--png", type=OUTPUT, help="Heat maps of both and a scatter plot, to write.")

@@ -20,7 +20,7 @@ from .options import COUNT, FOLDER, options, scene_options
 _SIZE = ("resolution", "multiple", "framing")
 
 
-@click.command()
+@click.command(short_help="Write scenes of any format as plain folders.")
 @scene_options
 @options(
     click.option("--resolution", type=COUNT, help="Image size in pixels; the images' own by default."),
@@ -105,7 +105,7 @@ def _is_finished(folder: Path, origin: dict[str, Any]) -> bool:
     return True
 
 
-@click.command()
+@click.command(short_help="List the formats of scenes and their options.")
 def formats() -> None:
     """List the formats of scenes that --data reads, and their options."""
     from hess_plugin.scenes.reading import FORMATS

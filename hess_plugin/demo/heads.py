@@ -90,6 +90,7 @@ class DenseHead(nn.Module):
 
     def __init__(self, token_dim: int, patch_size: int, stride: int, channels: int, activation: str) -> None:
         super().__init__()
+        self.intermediate_layer_idx = (-1,)  # as upstream: the layers that are read
         self.patch_size = patch_size
         self.side = patch_size // stride
         self.channels = channels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def sort_rows(x: Tensor) -> Tensor:
     """Values of each row, largest first."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32:
         # NumPy sorts values alone, in vector registers: many times faster than torch, which moves indices.
         values = torch.from_numpy(np.sort(x.detach().numpy(), axis=-1))
         return values.flip(-1)

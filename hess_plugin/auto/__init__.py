@@ -1,0 +1,1 @@
+"""Patching every model that a program builds, without a line of it changed."""

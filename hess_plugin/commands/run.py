@@ -1,0 +1,170 @@
+"""`hess-patch run`: somebody's own program, its models patched."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hess_plugin.files import check_writable
+
+from .options import COUNT, FILE, OUTPUT
+from .options import options as together
+from .scoring import SCORE, score_options
+
+# Defaults are left to `patch`, so that only what was given is handed on.
+patch_options = together(
+    click.option("--profile", type=FILE, help="Profile that divides budgets; without one they are uniform."),
+    click.option("--any-weights", is_flag=True, help="Accept a profile that was calibrated on other weights."),
+    score_options,
+    click.option(
+        "--sparsity",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Dropped share of patch-block pairs; 0.73 by default.",
+    ),
+    click.option(
+        "--sparse-ratio", type=click.FloatRange(0, 1, max_open=True), help="rho of SparseVGGT, instead of a sparsity."
+    ),
+    click.option("--cdf-threshold", type=click.FloatRange(0, 1), help="tau of SparseVGGT, instead of a sparsity."),
+    click.option(
+        "--allocation",
+        type=click.Choice(["uniform", "equal", "hess", "reverse", "uncapped", "random"]),
+        help="How budgets are divided among heads; hess with a profile, else uniform by default.",
+    ),
+    click.option("--backend", metavar="NAME", help="Attention code; auto by default, which chooses."),
+    click.option("--block-q", type=COUNT, help="Patch queries in a block; 128 by default."),
+    click.option("--block-k", type=COUNT, help="Patch keys in a block; 64 by default."),
+    click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims a model."),
+)
+
+
+@click.command(
+    short_help="Run your own program, its models patched.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@patch_options
+@click.option("--report", type=OUTPUT, help="JSON file to write: every patched model, measured sparsity by head.")
+@click.option("--shell", is_flag=True, help="Print the variables that do it, for a shell to evaluate; run nothing.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: Any) -> None:
+    r"""Run a program and patch every model it builds.
+
+    COMMAND is what you would type without hess-patch, after two dashes:
+
+    \b
+      hess-patch run --sparsity 0.73 -- python demo.py --scene_dir kitchen
+      hess-patch run --profile vggt.hess -- torchrun --nproc-per-node 2 eval.py
+      eval "$(hess-patch run --shell --sparsity 0.73)"   # every later Python
+
+    The program, its arguments, output and exit code are its own. What was patched, and the sparsity that was
+    measured, is printed on standard error at its end. Without a profile, models are patched when they are built;
+    with one, when its weights are loaded.
+    """
+    if not command and not shell:
+        raise click.UsageError("COMMAND is missing: what you would type without hess-patch, as in: -- python demo.py.")
+    if command and shell:
+        raise click.UsageError("--shell prints variables and runs nothing; leave out the command.")
+    wanted = _patch_arguments(options)
+    if report is not None:
+        check_writable(report, ".json")
+    from hess_plugin.auto.environment import ROOT, TEMPORARY, environment_for
+
+    if shell:
+        _print_exports(environment_for(wanted, None if report is None else report.absolute()))
+        return
+    command = _resolved(command)
+    record = _fresh_record(report)
+    root = {ROOT: str(os.getpid())} | ({TEMPORARY: "1"} if report is None else {})
+    _become(command, {**os.environ, **environment_for(wanted, record), **root})
+
+
+def _print_exports(variables: dict[str, str]) -> None:
+    from hess_plugin.plugin_files import VARIABLE
+
+    files = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}  # --plugin put it there
+    for name, value in {**variables, **files}.items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+
+
+def _patch_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `patch`, JSON types: those that were given, checked as far as that goes without a model."""
+    wanted = {name: value for name, value in options.items() if value is not None}
+    wanted |= {"strict": False} if wanted.pop("any_weights") else {}
+    context = click.get_current_context()
+    chosen = [name for name in SCORE if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    for name in SCORE:
+        if name not in chosen:
+            wanted.pop(name, None)
+    profile = wanted.pop("profile", None)
+    if "sparsity" in wanted and wanted.keys() & {"sparse_ratio", "cdf_threshold"}:
+        raise click.UsageError("--sparsity and --sparse-ratio/--cdf-threshold were given; choose one of them.")
+    if profile is None:
+        needy = [f"--{name.replace('_', '-')}" for name in chosen]
+        needy += ["--allocation"] if wanted.get("allocation") not in (None, "uniform", "equal") else []
+        if needy:
+            raise click.UsageError(f"{needy[0]} divides budgets by a profile and none was given; add --profile.")
+        return wanted
+    from hess_plugin.profiles import Profile
+
+    Profile.load(profile)  # a wrong file is told before a program runs for an hour
+    return wanted | {"profile": str(profile.absolute())}
+
+
+def _resolved(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command as it can be executed; the name of a Python file means this Python."""
+    first = command[0]
+    if first.endswith(".py"):
+        if not Path(first).is_file():
+            raise click.UsageError(f"{first} does not exist; give the path of your program.")
+        command = (sys.executable, *command)
+    path = shutil.which(command[0])
+    if path is None:
+        raise click.UsageError(f"{first} cannot be run: no such program; give the command as you would type it.")
+    if Path(path).name.startswith("python"):
+        _check_flags(command)
+    return command
+
+
+def _check_flags(command: tuple[str, ...]) -> None:
+    """Refuse the options of Python that keep the environment out."""
+    for argument in command[1:]:
+        if not argument.startswith("-") or argument.startswith("--") or argument in ("-c", "-m", "-"):
+            return
+        shut = set(argument[1:]) & set("IES")
+        if shut and argument[1] not in "WX":
+            raise click.UsageError(
+                f"python {argument} takes nothing from the environment, which is how models are found; leave out "
+                f"-{min(shut)}, or call hess_plugin.auto_patch() in the program."
+            )
+
+
+def _fresh_record(report: Path | None) -> Path:
+    """An empty record, in place of the report of an earlier run or among temporary files."""
+    from hess_plugin.auto.record import begin_record
+
+    if report is None:
+        handle, name = tempfile.mkstemp(prefix="hess-patch-", suffix=".json")
+        os.close(handle)
+        return Path(name)
+    begin_record(report.absolute())
+    return report.absolute()
+
+
+def _become(command: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Put the program in the place of this process, so that signals, exit code and terminal are its own."""
+    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and what is ignored stays so in the program
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        raise click.UsageError(f"{command[0]} cannot be run ({error.strerror}); check the command.") from error

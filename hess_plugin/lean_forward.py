@@ -1,0 +1,86 @@
+"""Replacing the forward of one module for inference in little memory, and giving it back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .interception import Unpicklable, _is_own_forward, _place
+
+Forward = Callable[..., Any]
+Run = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
+
+log = logging.getLogger(__name__)
+
+
+class LeanForward(Unpicklable):
+    """What a module calls instead of its own forward; a copy of the module has one of its own, which runs the copy.
+
+    While gradients are recorded or the module is in training mode it is the module's own forward: recording keeps
+    what would be saved, and whatever is drawn at random would be drawn otherwise.
+    """
+
+    __slots__ = ("active", "before", "module", "run")
+
+    def __init__(self, module: nn.Module, run: Run, before: Any) -> None:
+        self.module, self.run, self.before = module, run, before
+        self.active = True  # False where another tool still holds this object after it was removed
+
+    @property
+    def __wrapped__(self) -> Forward:
+        """The forward that is replaced, by which `inspect` finds the signature."""
+        return types.MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        own = functools.partial(type(self.module).forward, self.module)
+        if not self.active or self.module.training or torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        return self.run(self.module, own, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeanForward:
+        twin = LeanForward(copy.deepcopy(self.module, memo), self.run, copy.deepcopy(self.before, memo))
+        twin.active = self.active
+        return twin
+
+
+def replace_forward(module: nn.Module, run: Run) -> Callable[[], None] | None:
+    """Let a module call `run(module, own forward, args, kwargs)`.
+
+    Args:
+        module: left alone if its forward was replaced already, by whomever.
+        run: holds no module: a copy of the model shares it.
+
+    Returns:
+        The undo, or None where the module was left alone.
+    """
+    place = _place(module)
+    before = vars(module).get(place)
+    if before is not None and not _is_own_forward(module, before):
+        return None
+    forward = LeanForward(module, run, before)
+    vars(module)[place] = forward
+
+    def undo() -> None:
+        forward.active = False
+        if any(value is forward for value in vars(module).values()):
+            restore_lean(module)
+
+    return undo
+
+
+def restore_lean(module: nn.Module) -> None:
+    """Undo `replace_forward` on one module, also on a copy of it."""
+    for place, forward in [(p, v) for p, v in vars(module).items() if isinstance(v, LeanForward)]:
+        forward.active = False
+        if place == "forward" and forward.before is None:
+            del vars(module)[place]
+        else:  # in the hands of a tool that will put it back as the forward
+            vars(module)[place] = forward.before or types.MethodType(type(module).forward, module)

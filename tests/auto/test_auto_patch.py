@@ -1,0 +1,303 @@
+"""`auto_patch`: what is patched, when, with what, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hess_plugin
+from hess_plugin.auto.patcher import AutoPatch, auto_patch
+from hess_plugin.auto.summary import describe, nothing_was_patched
+from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig, load_demo_model
+from hess_plugin.exceptions import PatchError, ProfileError, UnknownModel
+from hess_plugin.interception import is_patched
+from hess_plugin.profiles import Profile
+
+SMALL: dict[str, Any] = {"block_q": 8, "block_k": 8}
+IMAGES = torch.rand(1, 8, 3, 60, 60, generator=torch.Generator().manual_seed(1))
+
+
+class SceneNet(TinyVGGT):
+    """A model that is built wholly by its constructor."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__(TinyVGGTConfig(dim=32, num_heads=4, depth=2, stem=16, camera_depth=1))
+        self.eval()
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SceneNet()
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """Whatever a test begins ends with it."""
+    begun: list[AutoPatch] = []
+    with pytest.MonkeyPatch.context() as patcher:
+        own = AutoPatch.begin
+        patcher.setattr(AutoPatch, "begin", lambda self, spoken: (begun.append(self), own(self, ()))[1])
+        patcher.delenv("HESS_AUTO_PATCH", raising=False)
+        yield
+    for made in begun:
+        made.remove()
+
+
+def run(model: nn.Module) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {name: value for name, value in model(IMAGES).items() if isinstance(value, Tensor)}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_model_is_patched_when_it_is_built() -> None:
+    before = SceneNet()
+    auto = hess_plugin.auto_patch(sparsity=0.5, **SMALL)
+    model = SceneNet()
+    assert is_patched(model) and not is_patched(before)
+    plain = run(before)
+    with hess_plugin.patch(before, sparsity=0.5, **SMALL):
+        wanted = run(before)
+    assert same(run(model), wanted) and not same(wanted, plain)
+    (found,) = auto.models
+    assert (found.name, found.adapter, found.model()) == ("SceneNet", "vggt", model)
+    assert found.patch.report().sparsity == pytest.approx(0.5)
+
+
+def test_a_model_inside_another_a_copy_and_a_loaded_one() -> None:
+    auto = auto_patch(sparsity=0.5, **SMALL)
+    outer = Wrapper()
+    twin = copy.deepcopy(outer.net)
+    assert is_patched(outer.net) and is_patched(twin) and len(auto.models) == 1  # the copy carries the patch along
+    assert same(run(outer.net), run(twin))
+
+
+def test_an_unpickled_model_is_patched() -> None:
+    file = io.BytesIO()
+    torch.save(SceneNet(), file)
+    file.seek(0)
+    auto_patch(sparsity=0.5, **SMALL)
+    assert is_patched(torch.load(file, weights_only=False))
+
+
+def test_the_end_unpatches_and_leaves_later_models_alone() -> None:
+    with auto_patch(sparsity=0.5, **SMALL) as auto:
+        model = SceneNet()
+        assert auto.active
+    auto.remove()
+    assert not auto.active and not is_patched(model) and not is_patched(SceneNet())
+
+
+def test_a_dropped_model_gives_its_memory_back() -> None:
+    auto = auto_patch(sparsity=0.5, **SMALL)
+    model = SceneNet()
+    run(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and auto.models[0].model() is None
+    assert "measured sparsity 0.5000" in describe(auto.models[0])  # what it did is still known
+
+
+def test_with_a_profile_a_model_is_patched_when_its_weights_are_loaded(demo_profile: Path) -> None:
+    state = load_demo_model().state_dict()
+    auto = auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    model = TinyVGGT().eval()
+    assert not is_patched(model) and auto.waiting == ["TinyVGGT"]
+    model.load_state_dict(state)
+    assert is_patched(model) and auto.waiting == []
+    reference = load_demo_model()
+    auto.remove()
+    with hess_plugin.patch(reference, profile=demo_profile, sparsity=0.5, **SMALL):
+        wanted = run(reference)
+    with hess_plugin.patch(model, profile=demo_profile, sparsity=0.5, **SMALL):
+        assert same(run(model), wanted)
+
+
+@pytest.mark.parametrize("part", ["model", "aggregator"])
+def test_else_before_its_first_forward(demo_profile: Path, part: str) -> None:
+    """Weights that are copied without load_state_dict; also where a part of the model is called alone."""
+    source = load_demo_model()
+    with hess_plugin.patch(source, profile=demo_profile, sparsity=0.5, **SMALL), torch.no_grad():
+        wanted = run(source) if part == "model" else source.aggregator(IMAGES)[0][-1]
+    auto = auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    model = TinyVGGT().eval()
+    with torch.no_grad():
+        for target, value in zip(model.parameters(), source.parameters(), strict=True):
+            target.copy_(value)
+        for target, value in zip(model.buffers(), source.buffers(), strict=True):
+            target.copy_(value)
+    assert not is_patched(model)
+    if part == "model":
+        assert same(run(model), wanted)
+    else:
+        with torch.no_grad():
+            assert torch.equal(model.aggregator(IMAGES)[0][-1], wanted)
+    assert is_patched(model) and auto.models[0].patch.report().sites[0].calls == 1
+    auto.remove()
+    assert not model._forward_pre_hooks and not model._load_state_dict_post_hooks
+
+
+def test_a_copy_of_a_waiting_model_waits_for_itself(demo_profile: Path) -> None:
+    auto = auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    model = TinyVGGT().eval()
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(load_demo_model().state_dict())
+    assert is_patched(twin) and not is_patched(model)
+    auto.remove()
+    for module in (*model.modules(), *twin.modules()):
+        assert not module._forward_pre_hooks and not module._load_state_dict_post_hooks
+
+
+def test_other_weights_stay_dense_and_it_is_said(demo_profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    model = TinyVGGT().eval()
+    found = run(model)
+    assert not is_patched(model) and not auto.models
+    assert "TinyVGGT was not patched" in auto.refusals[0] and "weights" in auto.refusals[0]
+    assert capsys.readouterr().err == f"hess-patch: {auto.refusals[0]}\n"
+    auto.remove()
+    assert same(run(model), found)
+    lax = auto_patch(demo_profile, sparsity=0.5, strict=False, **SMALL)
+    assert is_patched(TinyVGGT()) and len(lax.models) == 1
+
+
+def test_a_model_of_another_family_or_shape_stays_as_it_is(
+    demo_profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(Profile.load(demo_profile), adapter="pi3")
+    auto = auto_patch(other, sparsity=0.5, **SMALL)
+    assert not is_patched(SceneNet())
+    assert "the profile is of adapter 'pi3' and this model of 'vggt'" in auto.refusals[0]
+    auto.remove()
+    auto = auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    SceneNet(), SceneNet()
+    assert len(auto.refusals) == 1 and "SceneNet was not patched: " in auto.refusals[0]  # said once
+    assert capsys.readouterr().err.count("SceneNet") == 2
+
+
+def test_a_weightless_model_is_waited_for(demo_profile: Path) -> None:
+    auto_patch(demo_profile, sparsity=0.5, **SMALL)
+    with torch.device("meta"):
+        model = TinyVGGT().eval()
+    model.load_state_dict(load_demo_model().state_dict(), assign=True)
+    assert is_patched(model)
+
+
+def test_a_call_that_cannot_be_sparse_runs_dense() -> None:
+    """A program that calls a block itself gets what the unpatched model gives, and is not stopped."""
+    plain = SceneNet()
+    auto = auto_patch(sparsity=0.5, **SMALL)
+    model = SceneNet()
+    site = "aggregator.global_blocks.0.attn"
+    tokens = torch.rand(1, 50, 32)
+    with torch.no_grad():
+        assert torch.equal(model.get_submodule(site)(tokens), plain.get_submodule(site)(tokens))
+    report = auto.models[0].patch.report()
+    assert report.sites[0].unfit_calls == 1 and "50 tokens" in str(report.sites[0].unfit)
+    run(model)
+    assert "1 attention calls ran dense: " in describe(auto.models[0])
+    assert "1 calls could not be made sparse and ran dense: " in str(auto.models[0].patch.report())
+
+
+def test_a_manual_patch_is_left_alone() -> None:
+    auto_patch(sparsity=0.5, **SMALL)
+    model = SceneNet()
+    with pytest.raises(PatchError, match="patched already"):
+        hess_plugin.patch(model)
+    assert len(auto_patch(sparsity=0.9).models) == 0
+    assert is_patched(SceneNet())  # by the first, once
+
+
+def test_adapters_that_fail_or_quarrel_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong:
+        asked = 0
+
+        @hess_plugin.hookimpl
+        def hess_claim_model(self, model: nn.Module) -> bool:
+            Wrong.asked += 1
+            raise RuntimeError("wrong in\nmany ways")
+
+    class Twin:
+        @hess_plugin.hookimpl
+        def hess_claim_model(self, model: nn.Module) -> bool:
+            return hasattr(model, "aggregator")
+
+    def manager() -> Any:
+        made = hess_plugin.get_plugin_manager(entry_points=False)
+        made.register(Wrong(), "wrong")
+        made.register(Twin(), "twin")
+        return made
+
+    monkeypatch.setattr("hess_plugin.auto.patcher.get_plugin_manager", manager)
+    auto = auto_patch(sparsity=0.5, **SMALL)
+    assert not is_patched(SceneNet()) and Wrong.asked == 1
+    assert "SceneNet was not patched: twin and vggt claim it; choose one with adapter=NAME" in auto.refusals[0]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("(RuntimeError: wrong in many ways) and is left out; repair its hess_claim_model.")
+    auto.remove()
+    auto_patch(sparsity=0.5, adapter="vggt", **SMALL)
+    assert is_patched(SceneNet())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"sparsty": 0.5}, PatchError, "there is no option 'sparsty'; wanted one of sparsity,"),
+        ({"model": 1}, PatchError, "there is no option 'model'"),
+        ({"sparsity": 1.5}, PatchError, "sparsity is 1.5"),
+        ({"allocation": "hess"}, PatchError, "none was given; give a profile"),
+        ({"adapter": "nobody"}, UnknownModel, "no adapter is called 'nobody'"),
+        ({"profile": "nowhere.hess"}, ProfileError, "nowhere.hess"),
+    ],
+)
+def test_a_mistake_is_told_at_once(options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        auto_patch(**options)
+
+
+def test_the_environment_gives_what_the_call_leaves_open(monkeypatch: pytest.MonkeyPatch, demo_profile: Path) -> None:
+    monkeypatch.setenv("HESS_AUTO_PATCH", f"sparsity=0.9,block_q=8,block_k=8,strict=false,profile={demo_profile}")
+    auto = auto_patch(sparsity=0.5)
+    TinyVGGT()
+    report = auto.models[0].patch.report()
+    assert report.settings["sparsity"] == 0.5 and report.settings["block_q"] == 8 and report.allocation == "hess"
+    auto.remove()
+    monkeypatch.setenv("HESS_AUTO_PATCH", "off")
+    off = auto_patch(sparsity=0.5)
+    assert not off.active and not is_patched(SceneNet())
+
+
+def test_why_nothing_was_patched(demo_profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    auto = auto_patch(demo_profile, **SMALL)
+    model = TinyVGGT()
+    nothing_was_patched(auto, None)
+    assert "TinyVGGT was built, but the profile's weights were not loaded and it was never called." in (
+        capsys.readouterr().err
+    )
+    del model
+
+
+def test_a_model_that_was_never_called_and_one_that_was_too_small() -> None:
+    auto = auto_patch(sparsity=0.5)
+    model = SceneNet()
+    assert describe(auto.models[0]) == "SceneNet was patched (adapter vggt, 2 sites) and never called."
+    with torch.no_grad():
+        model(IMAGES[:, :1])
+    assert "1 forward, all of them dense: the input is too short to drop anything." in describe(auto.models[0])
