@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import hess_plugin
 import hess_plugin.attention
-import hess_plugin.lean_chunks
+import hess_plugin.memory.chunks
 from hess_plugin.calibration.estimate import _fake_copy, _FakeMode
 from hess_plugin.calibration.live_memory import LiveMemory
 from hess_plugin.demo.model import load_demo_model
@@ -115,7 +115,7 @@ def real_section(args: argparse.Namespace) -> list[str]:
         "lean / plain |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    hess_plugin.lean_chunks.CHUNK = hess_plugin.attention.GROUP = 2**18
+    hess_plugin.memory.chunks.CHUNK = hess_plugin.attention.GROUP = 2**18
     for name, model, images, block in _small_models(args):
         ways = {way: how and {**how, "block_q": block, "block_k": block} for way, how in WAYS.items()}
         peaks = {way: _alive(model, images, how) for way, how in ways.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .answers import checked, checked_list, wrong_answer
 from .exceptions import AdapterError, HessError
 from .framing import Framing
-from .registry import called, cause_of
+from .registration.registry import called, cause_of
 
 if TYPE_CHECKING:
     import pluggy

@@ -15,6 +15,7 @@ import hess_plugin_cuda
 from . import sparsity
 from .exceptions import PatchError
 from .interception import SDPA
+from .place import Place
 from .plans import Layouts, Plan, allocate, make_plan
 from .report import Tally
 from .settings import Settings
@@ -56,9 +57,18 @@ class _Ordered(NamedTuple):
 class SiteAttention:
     """The attention of one site: dense by rule, or over block lists chosen within each head's budget."""
 
-    def __init__(self, site: Site, settings: Settings, scores: Tensor | None, layouts: Layouts, index: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        settings: Settings,
+        scores: Tensor | None,
+        layouts: Layouts,
+        index: int,
+        place: Place | None = None,
+    ) -> None:
         self.site = site
         self.settings = settings
+        self.place = place
         self.layouts = layouts
         self.tally = Tally(site)
         self._plans: dict[tuple[TokenLayout, torch.device], Plan] = {}
@@ -124,15 +134,16 @@ class SiteAttention:
         key = (layout, query.device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = make_plan(layout, self.settings, self._weights, self.site.num_heads, query.device)
+            settings = self.settings if self.place is None else self.place.settle(self.site, query.device)
+            plan = make_plan(layout, settings, self._weights, self.site.num_heads, query.device)
             self._plans[key] = plan
             if self._first:
-                self._tell_shortfall(plan)
+                self._tell_shortfall(plan, settings)
         return plan
 
-    def _tell_shortfall(self, plan: Plan) -> None:
+    def _tell_shortfall(self, plan: Plan, settings: Settings) -> None:
         """Say once a layout when the input has too few blocks for the sparsity asked for."""
-        settings, cap = self.settings, self.site.num_heads * plan.pairs
+        cap = self.site.num_heads * plan.pairs
         if plan.layout.patch_tokens < settings.dense_below:
             return  # dense because it is asked for
         reached = 0.0 if plan.dense else 1.0 - plan.kept / cap

@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from .attention import SiteAttention
+from .place import Place
 from .report import PatchReport
 from .scoring import Scoring
-from .settings import Settings
 
 Self = TypeVar("Self", bound="Handle")
 
@@ -59,26 +59,24 @@ class Patch(Handle):
     def __init__(
         self,
         attentions: list[SiteAttention],
-        settings: Settings,
-        backend: str,
+        place: Place,
         scoring: Scoring | None,
         stepped_aside: str | None = None,
     ) -> None:
         super().__init__()
         self._tallies = [attention.tally for attention in attentions]
-        self._settings = settings
+        self._place = place
         self._scoring = scoring
         self._stepped_aside = stepped_aside
-        self._backend = backend
 
     def report(self) -> PatchReport:
         """Report measured sparsity by site and head, the backend and seconds, since `patch`."""
-        settings = {k: v for k, v in asdict(self._settings).items() if k not in ("backend", "allocation")}
+        settings = {k: v for k, v in asdict(self._place.settings).items() if k not in ("backend", "allocation")}
         settings |= {} if self._scoring is None else asdict(self._scoring)
         settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
         sites = tuple(tally.report() for tally in self._tallies)
-        return PatchReport(sites, self._backend, self._settings.allocation, settings, self.measures)
+        return PatchReport(sites, self._place.backend, self._place.settings.allocation, settings, self.measures)
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
-        return f"<Patch of {len(self._tallies)} sites, allocation {self._settings.allocation}, {state}>"
+        return f"<Patch of {len(self._tallies)} sites, allocation {self._place.settings.allocation}, {state}>"

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pluggy
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-import hess_plugin_cuda
-
 from .adapting import Adapter, Replacement
 from .attention import SiteAttention
-from .break_even import Conditions
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
 from .interception import SDPA, LayoutHook, is_patched, restore
-from .lean_patch import make_lean, unmake_lean
+from .memory.lean import make_lean, unmake_lean
+from .place import Place
 from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
-from .recorded_break_evens import recorded_limit
 from .scoring import Scoring, head_scores
 from .settings import Settings
 from .sites import Site
@@ -103,8 +98,9 @@ def patch(
             (and warns of a profile that helps in one metric and harms in another, but uses it), ``refuse`` raises
             instead, ``ignore`` uses the profile. A profile that was not verified is used without a word.
         dense_below: patch tokens of a forward, of all views together, below which every site takes the dense path.
-            None takes what `hess-patch bench` recorded in the profile for this machine, backend, block sizes and about
-            this sparsity, or no limit where nothing was; 0 never takes the dense path for being short.
+            None takes what `hess-patch bench` recorded in the profile for the machine and device that the model runs
+            on, backend, block sizes and about this sparsity, or no limit where nothing was; 0 never takes the dense
+            path for being short.
         unfit: what to do with an attention call that cannot be made sparse (masked, causal, of tokens that no forward
             announced): ``raise`` a `PatchError`, or answer it ``dense``, as the unpatched model does, and report it.
         memory: ``plain``, or ``lean`` for inference in less memory with the same outputs, to rounding: what nothing
@@ -165,15 +161,15 @@ def patch(
         scoring = scoring.resolved(profile)
         scores = head_scores(profile, scoring)
         settings, stepped_aside = follow(profile, settings, scoring, sites, verdict, strict)
-    backend_name = _resolve_backend(backend, sites[0])
-    if profile is not None and dense_below is None:
-        settings = replace(settings, dense_below=_measured_limit(profile, settings, sites[0], backend_name))
+    place = Place(settings, profile if dense_below is None else None)
+    place.settle(sites[0])  # a backend that cannot run is told now, not in the first forward
     layouts = Layouts(block_order, block_k)
     attentions = [
-        SiteAttention(site, settings, None if scores is None else scores[i], layouts, i) for i, site in enumerate(sites)
+        SiteAttention(site, settings, None if scores is None else scores[i], layouts, i, place)
+        for i, site in enumerate(sites)
     ]
     made = None if profile is None or stepped_aside is not None else scoring
-    handle = Patch(attentions, settings, backend_name, made, stepped_aside)
+    handle = Patch(attentions, place, made, stepped_aside)
     # If anything fails half way, the sites replaced so far are put back.
     with contextlib.ExitStack() as undo:
         for site, attention in zip(sites, attentions, strict=True):
@@ -238,32 +234,6 @@ def _checked(profile: Profile | str | Path, sites: list[Site], strict: bool) -> 
         raise PatchError(f"profile is of type {type(profile).__name__}, wanted a Profile or the name of its file.")
     profile.check(sites, weights_fingerprint(sites) if strict else None)
     return profile
-
-
-def _resolve_backend(backend: str, site: Site) -> str:
-    """Fail now, not in the first forward, if the named backend does not exist or cannot run here."""
-    weight = site.tensor()
-    if weight.is_meta and backend in ("auto", *hess_plugin_cuda.available_backends()):
-        return backend  # the device it will run on is not known yet
-    try:
-        return hess_plugin_cuda.resolve_backend(
-            backend, device=weight.device, dtype=weight.dtype, head_dim=site.head_dim
-        )
-    except (ValueError, RuntimeError) as error:
-        raise PatchError(str(error)) from error
-
-
-def _measured_limit(profile: Profile, settings: Settings, site: Site, backend: str) -> int:
-    """Patch tokens below which the dense path was found to be the faster one here; 0 where nothing is known."""
-    weight = site.tensor()
-    if weight.is_meta:
-        return 0
-    kind = weight.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    conditions = Conditions.of(
-        weight.device, weight.dtype, backend, settings.block_q, settings.block_k, autocast=autocast
-    )
-    return recorded_limit(profile, conditions, settings.sparsity)
 
 
 def _replace(adapter: Adapter, site: Site, attention: SiteAttention, unfit: str) -> Replacement:

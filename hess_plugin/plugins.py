@@ -11,9 +11,9 @@ from torch import nn
 
 from .adapting import Adapter
 from .exceptions import AmbiguousModel, HessError, UnknownModel
-from .installed import register_installed
-from .plugin_files import register_files
-from .registry import LeftOut, Registry, called, cause_of, hook_names, one_line, register
+from .registration.files import register_files
+from .registration.installed import register_installed
+from .registration.registry import LeftOut, Registry, called, cause_of, hook_names, one_line, register
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from .contract.case import CannotTell, Case
 from .exceptions import AdapterError, HessError
 from .patching import unpatch
 from .plugins import resolve_adapter
-from .registry import cause_of
+from .registration.registry import cause_of
 from .scenes.scene import Scene
 
 _SITES = "sites are modules of the model with their projections"

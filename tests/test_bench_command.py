@@ -103,7 +103,10 @@ def test_attention_alone(invoke: Invoke, tmp_path: Path) -> None:
         assert float(sparsity) == pytest.approx(0.6, abs=0.02)
         assert float(dense) > 0 and float(patched) > 0 and float(low) <= float(ratio) <= float(high)
     assert "attention of aggregator.global_blocks.0.attn alone (8 heads of 16), images 60 x 60 px" in result.stdout
-    assert "backend gather, sparsity 0.6 (uniform), blocks 8 x 8; ratio: median of 3 repeats" in result.stdout
+    assert (
+        "backend gather, sparsity 0.6 (uniform), blocks 8 x 8, memory plain; ratio: median of 3 repeats"
+        in result.stdout
+    )
     assert re.search(r"^machine: .+ threads;", result.stdout, re.MULTILINE) and "75.0% interval" in result.stdout
     assert result.stderr == "" and not re.search(r"\bPatching\b", result.stdout) and not list(tmp_path.iterdir())
 

@@ -24,7 +24,7 @@ from hess_plugin.contract import exactness
 from hess_plugin.contract.case import Case
 from hess_plugin.demo.rooms import make_scene
 from hess_plugin.plugins import get_plugin_manager, register, resolve_adapter
-from hess_plugin.registry import Registry
+from hess_plugin.registration.registry import Registry
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.testing import CHECKS, Check, check_adapter, require
 

@@ -19,9 +19,9 @@ import hess_plugin
 from hess_plugin import HessError, Profile
 from hess_plugin.cli import main
 from hess_plugin.demo.rooms import make_scene
-from hess_plugin.plugin_files import load_file
 from hess_plugin.plugins import get_plugin_manager, hook_names, register
-from hess_plugin.registry import Registry
+from hess_plugin.registration.files import load_file
+from hess_plugin.registration.registry import Registry
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.testing import Check, check_adapter, require
 

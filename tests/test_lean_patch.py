@@ -19,8 +19,8 @@ from hess_plugin import attention as attention_module
 from hess_plugin.attention import SiteAttention
 from hess_plugin.calibration.live_memory import LiveMemory
 from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig
-from hess_plugin.lean_chunks import Chunks
-from hess_plugin.lean_forward import LeanForward
+from hess_plugin.memory.chunks import Chunks
+from hess_plugin.memory.forwards import LeanForward
 from hess_plugin.plans import Layouts
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.settings import Settings
@@ -34,7 +34,7 @@ HEADS, WIDTH = 4, 8
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and groups so small that these inputs have several."""
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", SMALL)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", SMALL)
     monkeypatch.setattr("hess_plugin.attention.GROUP", 1)
 
 
@@ -469,7 +469,7 @@ def test_only_what_two_blocks_of_an_unread_layer_returned_is_left_out(
 ) -> None:
     import contextlib
 
-    from hess_plugin.lean_patch import make_lean
+    from hess_plugin.memory.lean import make_lean
 
     torch.manual_seed(0)
     model, x = Whole(join).eval(), torch.randn(10, 6)
@@ -527,7 +527,7 @@ def test_chunks_give_what_the_whole_gives(length: int, width: int, chunk: int, a
         return answer(part)
 
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr("hess_plugin.lean_chunks.CHUNK", chunk)
+        patcher.setattr("hess_plugin.memory.chunks.CHUNK", chunk)
         found = Chunks("name", axis)(nn.Identity(), own, (x,), {"other": 3})
     wanted = answer(x)
     assert type(found) is Odict and found["a"][1] is None and found["b"][1] == "text"
@@ -550,7 +550,7 @@ def test_chunks_give_what_the_whole_gives(length: int, width: int, chunk: int, a
 def test_what_does_not_return_an_entry_for_each_runs_whole(
     answer: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", 6)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", 6)
     module, x, chunks = Alone(answer), torch.randn(7, 3), Chunks("the head", 0)
     own = module.forward
     for _ in range(2):
@@ -560,7 +560,7 @@ def test_what_does_not_return_an_entry_for_each_runs_whole(
 
 
 def test_only_tensors_of_the_same_length_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", 6)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", 6)
     seen: list[tuple[Any, ...]] = []
 
     def own(x: Tensor, table: Tensor, *, extra: list[Any], scalar: Tensor) -> Tensor:
@@ -573,7 +573,7 @@ def test_only_tensors_of_the_same_length_are_cut(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_part_of_a_contiguous_tensor_can_be_viewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", 12)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", 12)
     x = torch.randn(2, 6, 3)  # two items: a slice of the second axis has gaps
     found = Chunks("name", 1)(nn.Identity(), lambda part: part.view(-1, 3).view(part.shape), (x,), {})
     assert torch.equal(found, x)

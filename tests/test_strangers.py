@@ -20,9 +20,9 @@ import hess_plugin
 from hess_plugin import AdapterError, UnknownModel, hookimpl
 from hess_plugin.cli import main
 from hess_plugin.demo.model import TinyVGGT
-from hess_plugin.plugin_files import load_file, name_files, named_files
 from hess_plugin.plugins import BUILT_IN, describe_plugins, get_plugin_manager, load_model, register, resolve_adapter
-from hess_plugin.registry import Origin
+from hess_plugin.registration.files import load_file, name_files, named_files
+from hess_plugin.registration.registry import Origin
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 CLAIM = "from hess_plugin import hookimpl\n@hookimpl\ndef hess_claim_model(model):\n    return None\n"
@@ -454,7 +454,7 @@ def test_processes_started_from_here_see_the_files(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HESS_PLUGINS", "")
     name_files([Path("mine.py")])
     assert named_files() == [tmp_path / "mine.py"]
-    code = "from hess_plugin.plugin_files import named_files; print(*named_files())"
+    code = "from hess_plugin.registration.files import named_files; print(*named_files())"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == str(tmp_path / "mine.py")
 

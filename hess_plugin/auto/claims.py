@@ -11,7 +11,7 @@ from torch import nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import UnknownModel
-from hess_plugin.registry import called
+from hess_plugin.registration.registry import called
 
 
 class Claims:

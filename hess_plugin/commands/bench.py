@@ -53,6 +53,13 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("--backend", default="auto", show_default=True, help="Attention code, by name; auto chooses.")
 @click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
 @click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
+@click.option(
+    "--memory",
+    type=click.Choice(["plain", "lean"]),
+    default="plain",
+    show_default=True,
+    help="lean runs heads and attention of the patched model in chunks: less memory, the same outputs to rounding.",
+)
 def bench(model: str, weights: str | None, profile: Path | None, end_to_end: bool, **options: Any) -> None:
     """Time patched against unpatched on random images, side by side on this machine.
 
@@ -78,7 +85,7 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
     loaded = load(model, weights, options)
     adapter = adapter_of(loaded, options, get_plugin_manager())
     size = _image_size(adapter, loaded, options)
-    how: dict[str, Any] = {name: options[name] for name in ("sparsity", "backend", "block_q", "block_k")}
+    how: dict[str, Any] = {name: options[name] for name in ("sparsity", "backend", "block_q", "block_k", "memory")}
     # Timing depends on the budgets of a profile, not on whose weights they were found with.
     how |= {"profile": score, "strict": False, "verdict": "ignore", "dense_below": 0}
     with patch(loaded, **how, adapter=adapter.name, manager=adapter.manager) as handle:  # tells mistakes now
@@ -148,7 +155,7 @@ def _timer(
         sparse_ratio=None,
         cdf_threshold=None,
         allocation=_allocation(how),
-        **{name: how[name] for name in ("backend", "block_q", "block_k")},
+        **{name: how[name] for name in ("backend", "block_q", "block_k", "memory")},
     )
     scores = None if profile is None else head_scores(profile, Scoring())[0]
     return AttentionTimer(adapter, model, site, size, watch, settings, scores)
@@ -177,8 +184,8 @@ def _protocol(
     return (
         f"{what}, images {size[0]} x {size[1]} px, {conditions.dtype}, autocast {conditions.autocast or 'none'}, "
         f"backend {conditions.backend}, sparsity {how['sparsity']:g} ({_allocation(how)}), blocks {how['block_q']} x "
-        f"{how['block_k']}; ratio: median of {watch.repeats} repeats of patched / dense, with its "
-        f"{coverage(watch.repeats):.1%} interval"
+        f"{how['block_k']}, memory {how['memory']}; ratio: median of {watch.repeats} repeats of patched / dense, "
+        f"with its {coverage(watch.repeats):.1%} interval"
     )
 
 

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 )
 @click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
 @click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
+@click.option(
+    "--memory",
+    type=click.Choice(["plain", "lean"]),
+    default="plain",
+    show_default=True,
+    help="lean runs heads and attention of the patched model in chunks: less memory, the same outputs to rounding.",
+)
 @metric_options
 @click.option("-o", "--output", type=OUTPUT, help="CSV of every measurement, to write.")
 def evaluate(model: str, weights: str | None, profile: Path | None, output: Path | None, **options: Any) -> None:
@@ -69,7 +76,7 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     metrics, arms = metrics_of(options), _arms(options, score)
     loaded, found, manager = model_and_scenes(model, weights, options)
     done, total = iter(range(len(found) * len(arms))), len(found) * len(arms)
-    blocks = {name: options[name] for name in ("block_q", "block_k")}
+    blocks = {name: options[name] for name in ("block_q", "block_k", "memory")}
     with progress_bars() as note:
         rows = compare(
             loaded,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hess_plugin.exceptions import AdapterError
-from hess_plugin.plugin_files import VARIABLE, name_files
+from hess_plugin.registration.files import VARIABLE, name_files
 
 
 def _name(context: click.Context, parameter: click.Parameter, paths: tuple[Path, ...]) -> None:

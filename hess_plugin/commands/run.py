@@ -41,6 +41,11 @@ patch_options = together(
     click.option("--backend", metavar="NAME", help="Attention code; auto by default, which chooses."),
     click.option("--block-q", type=COUNT, help="Patch queries in a block; 128 by default."),
     click.option("--block-k", type=COUNT, help="Patch keys in a block; 64 by default."),
+    click.option(
+        "--memory",
+        type=click.Choice(["plain", "lean"]),
+        help="lean runs heads and attention in chunks: less memory, the same outputs to rounding; plain by default.",
+    ),
     click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims a model."),
 )
 
@@ -86,7 +91,7 @@ def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: A
 
 
 def _print_exports(variables: dict[str, str]) -> None:
-    from hess_plugin.plugin_files import VARIABLE
+    from hess_plugin.registration.files import VARIABLE
 
     files = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}  # --plugin put it there
     for name, value in {**variables, **files}.items():

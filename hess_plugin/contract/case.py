@@ -18,7 +18,7 @@ from hess_plugin.handle import Patch
 from hess_plugin.interception import SDPA
 from hess_plugin.patching import patch
 from hess_plugin.predictions import Prediction
-from hess_plugin.registry import one_line
+from hess_plugin.registration.registry import one_line
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import Site
 

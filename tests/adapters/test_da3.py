@@ -154,7 +154,7 @@ def test_lean_patches_run_the_head_in_chunks(
     da3_net: nn.Module, small_scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its head returns addict's dictionary, which is given back as one."""
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", 4000)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", 4000)
     images = small_scene.images[None]
     with torch.no_grad():
         with patch(da3_net, **SPARSE):

@@ -66,7 +66,7 @@ def test_dense_outputs_are_those_of_the_unpatched_model(
     with patch(reads_last, sparsity=0.0, memory="lean"):
         if not alone:
             assert all(torch.equal(value, plain[name]) for name, value in run(reads_last, images).items())  # one chunk
-        monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", SHORT)
+        monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", SHORT)
         close(run(reads_last, images), plain)
 
 
@@ -77,14 +77,14 @@ def test_sparse_outputs_are_those_of_a_plain_patch(reads_last: nn.Module, monkey
     monkeypatch.setattr("hess_plugin.attention.GROUP", 1)
     with patch(reads_last, sparsity=0.5, **BLOCKS, memory="lean") as handle:
         assert all(torch.equal(value, plain[name]) for name, value in run(reads_last, images).items())
-        monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", SHORT)
+        monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", SHORT)
         close(run(reads_last, images), plain, 5e-3)
     assert handle.report().sparsity == pytest.approx(0.5, abs=0.02)
 
 
 def test_less_is_alive_at_once(reads_last: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hess_plugin.attention.GROUP", 1)
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", SHORT)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", SHORT)
     images, peaks = images_of(8), {}
     for memory in ("plain", "lean"):
         with patch(reads_last, sparsity=0.5, **BLOCKS, memory=memory):
@@ -94,7 +94,7 @@ def test_less_is_alive_at_once(reads_last: nn.Module, monkeypatch: pytest.Monkey
 
 
 def test_nothing_is_left_behind(reads_last: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", SHORT)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", SHORT)
     images = images_of(3)
     plain = run(reads_last, images)
     before = [(name, set(vars(m)), len(m._forward_hooks)) for name, m in reads_last.named_modules()]

@@ -74,7 +74,7 @@ def test_predictions_follow_upstreams_conventions(omega_code: None, small_scene_
 def test_lean_patches_run_the_head_in_chunks(
     omega_code: None, small_scene_of_omega: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hess_plugin.lean_chunks.CHUNK", 4000)
+    monkeypatch.setattr("hess_plugin.memory.chunks.CHUNK", 4000)
     model, images = load(), small_scene_of_omega.images[None]
     with torch.no_grad():
         with patch(model, sparsity=0.5, block_q=4, block_k=4):

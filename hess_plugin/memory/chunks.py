@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .lean_forward import Forward, log
+from .forwards import Forward, log
 
 CHUNK = 2**23
 """Numbers in the first tensor of a chunk: 8192 tokens of 1024 channels, which still fill a GPU."""
 
 
 class Chunks:
-    """Runs a module in chunks along one axis; a `lean_forward.Run`.
+    """Runs a module in chunks along one axis; a `forwards.Run`.
 
     Inputs are cut without a copy and outputs written into one tensor each, so that beside them only the intermediate
     results of one chunk are alive.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pluggy
 
-from . import hookspecs
-from .exceptions import AdapterError
+from hess_plugin import hookspecs
+from hess_plugin.exceptions import AdapterError
 
 
 @dataclass(frozen=True)

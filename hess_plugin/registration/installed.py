@@ -7,8 +7,9 @@ import re
 import warnings
 from importlib import metadata
 
-from . import hookspecs
-from .exceptions import AdapterError
+from hess_plugin import hookspecs
+from hess_plugin.exceptions import AdapterError
+
 from .registry import LeftOut, Origin, Registry, cause_of, register
 
 DISABLE = "HESS_DISABLE_PLUGINS"

@@ -16,7 +16,8 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
-from .exceptions import AdapterError
+from hess_plugin.exceptions import AdapterError
+
 from .registry import Origin, Registry, cause_of, register
 
 VARIABLE = "HESS_PLUGINS"

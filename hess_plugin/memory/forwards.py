@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .interception import Unpicklable, _is_own_forward, _place
+from hess_plugin.interception import Unpicklable, _is_own_forward, _place
 
 Forward = Callable[..., Any]
 Run = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]

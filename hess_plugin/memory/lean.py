@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .adapting import Family
-from .exceptions import AdapterError
-from .lean_chunks import Chunks, mixes_entries
-from .lean_forward import Run, log, replace_forward, restore_lean
-from .lean_layers import Unread, run_model
-from .sites import Site
+from hess_plugin.adapting import Family
+from hess_plugin.exceptions import AdapterError
+from hess_plugin.sites import Site
+
+from .chunks import Chunks, mixes_entries
+from .forwards import Run, log, replace_forward, restore_lean
+from .layers import Unread, run_model
 
 
 def make_lean(model: nn.Module, family: Family, sites: Sequence[Site], undo: contextlib.ExitStack) -> tuple[str, ...]:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapting import JoinedLayers
-from .lean_forward import Forward
+from hess_plugin.adapting import JoinedLayers
+
+from .forwards import Forward
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _running: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("hess_plugin_running", default=None)
 
 
 def run_model(module: nn.Module, own: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a whole model: only inside of it is known what reads the layers. A `lean_forward.Run`."""
+    """Run a whole model: only inside of it is known what reads the layers. A `forwards.Run`."""
     before = _running.set(module)
     try:
         return own(*args, **kwargs)
@@ -34,7 +35,7 @@ def run_model(module: nn.Module, own: Forward, args: tuple[Any, ...], kwargs: di
 
 
 class Unread:
-    """Runs the module that joins layers without making those that are not read; a `lean_forward.Run`.
+    """Runs the module that joins layers without making those that are not read; a `forwards.Run`.
 
     Called by the user instead of the whole model, the module gives back every layer.
 

@@ -1,0 +1,70 @@
+"""Where a patched model runs: the backend of that device, and the size below which the dense path is faster there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import hess_plugin_cuda
+
+from .break_even import Conditions
+from .exceptions import PatchError
+from .profiles import Profile
+from .recorded_break_evens import recorded_limit
+from .settings import Settings
+from .sites import Site
+
+
+class Place:
+    """What depends on the device: found out when a model is patched, and again where its inputs then lie.
+
+    Models are built on the CPU and moved afterwards, so what held when they were patched need not hold when they run.
+
+    Attributes:
+        settings: of the patch, `dense_below` as it is on the device.
+        backend: name of the attention backend there; that of the settings as long as weights are on no device.
+
+    Args:
+        settings: of the patch.
+        profile: whose recorded break-evens make the limit; None for that of the settings.
+    """
+
+    def __init__(self, settings: Settings, profile: Profile | None) -> None:
+        self.settings, self.backend = settings, settings.backend
+        self._profile = profile
+
+    def settle(self, site: Site, device: torch.device | None = None) -> Settings:
+        """Find out about a device, and return the settings that hold there.
+
+        Args:
+            site: one of the model.
+            device: of its inputs; that of its weights by default.
+
+        Raises:
+            PatchError: the backend asked for does not exist or cannot run there.
+        """
+        weight = site.tensor()
+        device = weight.device if device is None else device
+        if device.type == "meta" and self.settings.backend in ("auto", *hess_plugin_cuda.available_backends()):
+            return self.settings  # weights are still to come
+        try:
+            self.backend = hess_plugin_cuda.resolve_backend(
+                self.settings.backend, device=device, dtype=weight.dtype, head_dim=site.head_dim
+            )
+        except (ValueError, RuntimeError) as error:
+            raise PatchError(str(error)) from error
+        if self._profile is not None:
+            limit = self._limit(self._profile, weight, device)
+            self.settings = replace(self.settings, dense_below=limit)
+        return self.settings
+
+    def _limit(self, profile: Profile, weight: Tensor, device: torch.device) -> int:
+        """Patch tokens below which the dense path was found to be the faster one; 0 where nothing is known."""
+        kind, settings = device.type, self.settings
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        conditions = Conditions.of(
+            device, weight.dtype, self.backend, settings.block_q, settings.block_k, autocast=autocast
+        )
+        return recorded_limit(profile, conditions, settings.sparsity)
