@@ -70,6 +70,62 @@ def left_behind() -> list[str]:
 # ---------------------------------------------------------------- what works
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_reads_well_in_80_columns(invoke: Invoke, command: str) -> None:
+    """No line is longer, and in the list of commands no summary is cut off."""
+    lines = invoke(*([command] if command else []), "--help").stdout.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert command or not any(line.endswith("...") for line in lines)
+
+
+def test_commands_are_listed_in_the_order_of_the_work(invoke: Invoke) -> None:
+    listed = [
+        line.split()[0] for line in invoke("--help").stdout.partition("Commands:")[2].splitlines() if line.strip()
+    ]
+    assert listed == list(main.commands) and listed[:3] == ["demo", "calibrate", "show"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion(invoke: Invoke, shell: str) -> None:
+    script = invoke("completion", shell)
+    assert script.exit_code == 0 and "_HESS_PATCH_COMPLETE" in script.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("",), {"calibrate", "run", "completion"}),
+        (("run", "--all"), {"--allocation"}),
+        (("sites", "--model", "v"), {"vggt", "vggt-omega"}),
+        (("bench", "--memory", ""), {"plain", "lean"}),
+    ],
+)
+def test_words_are_completed_without_torch(words: tuple[str, ...], found: set[str]) -> None:
+    code = "import sys\nfrom hess_plugin.cli import main\ntry:\n    main(prog_name='hess-patch')\nfinally:\n"
+    code += "    print('torch' in sys.modules, file=sys.stderr)"
+    variables = {
+        "_HESS_PATCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["hess-patch", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert found <= {line.partition(",")[2] for line in ran.stdout.splitlines()}
+    assert ran.stderr.strip() == "False"
+
+
+def test_model_names_that_are_completed_are_those_of_the_adapters() -> None:
+    """The names are written out there, because importing adapters takes too long for a shell."""
+    from hess_plugin.commands.options import MODELS
+    from hess_plugin.plugins import BUILT_IN
+
+    root = Path(__file__).resolve().parents[1]
+    sources = {name: (root / "adapters" / f"{name}.py") for name in ("vggt", "pi3", "da3", "vggt_omega", "mapanything")}
+    written = {name for path in sources.values() for name in MODELS if f'"{name}"' in path.read_text(encoding="utf-8")}
+    assert written | {"demo"} == set(MODELS) and {"vggt", "pi3", "vggt-omega", "mapanything"} <= set(BUILT_IN)
+
+
 def test_help_of_everything(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0 and all(command in result.stdout for command in COMMANDS)

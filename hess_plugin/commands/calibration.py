@@ -52,12 +52,14 @@ _WITHOUT_TRUTH = (
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
-    """Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
+    r"""Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
 
     Several GPUs, or machines, share the scenes if torchrun starts the command, and write the same profile:
-    torchrun --nproc-per-node 8 --no-python hess-patch calibrate ...
+
+    \b
+      torchrun --nproc-per-node 8 --no-python hess-patch calibrate --model ...
     """
     try:
         with one_voice() as ranks:

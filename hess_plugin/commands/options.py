@@ -36,7 +36,7 @@ def options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
-MODELS = ("vggt", "pi3", "pi3x", "da3-small", "da3-base", "da3-large", "da3-giant", "vggt-omega", "demo")
+MODELS = ("vggt", "pi3", "pi3x", "da3-small", "da3-base", "da3-large", "da3-giant", "vggt-omega", "mapanything", "demo")
 """What the adapters of this package load; for a shell that completes names, where importing them takes too long."""
 
 
