@@ -52,7 +52,7 @@ _WITHOUT_TRUTH = (
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
-    r"""Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
+    """Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
 
     A killed calibration goes on where it stopped: run the same command again.
 
@@ -60,7 +60,7 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
 
     \b
       torchrun --nproc-per-node 8 --no-python hess-patch calibrate --model ...
-    """
+    """  # noqa: D301 (click wants the character)
     try:
         with one_voice() as ranks:
             _calibrate(ranks, output, dry_run, model, weights, options)

@@ -59,7 +59,7 @@ patch_options = together(
 @click.option("--shell", is_flag=True, help="Print the variables that do it, for a shell to evaluate; run nothing.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: Any) -> None:
-    r"""Run a program and patch every model it builds.
+    """Run a program and patch every model it builds.
 
     COMMAND is what you would type without hess-patch, after two dashes:
 
@@ -71,7 +71,7 @@ def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: A
     The program, its arguments, output and exit code are its own. What was patched, and the sparsity that was
     measured, is printed on standard error at its end. Without a profile, models are patched when they are built;
     with one, when its weights are loaded.
-    """
+    """  # noqa: D301 (click wants the character)
     if not command and not shell:
         raise click.UsageError("COMMAND is missing: what you would type without hess-patch, as in: -- python demo.py.")
     if command and shell:
