@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .exceptions import PatchError
+from .pickling import Unpicklable, no_hook, own_forward
 from .sites import Site
 from .uncompiled import Uncompiled, is_traced
 
@@ -37,18 +38,6 @@ class _AnswerAttention(TorchFunctionMode):
             self.calls += 1
             return self.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-class Unpicklable:
-    """What a patch leaves in a model: refuses to be pickled, in a sentence that says what to do instead."""
-
-    __slots__ = ()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise PatchError(
-            "a patched model cannot be pickled (torch.save, a spawned process): take model.state_dict(), which is that "
-            "of the unpatched model, or call remove() on its patch first and patch again where it is loaded."
-        )
 
 
 class _Forward(Uncompiled, Unpicklable):
@@ -89,8 +78,12 @@ class _Forward(Uncompiled, Unpicklable):
         # `attend` is shared: a copy of a patched model counts in the same report.
         module, before = copy.deepcopy(self.module, memo), copy.deepcopy(self.before, memo)
         twin = _Forward(module, self.name, self.attend, before, self.spelled)
-        twin.active = self.active
+        twin.active, twin.left_out = self.active, getattr(self, "left_out", False)
         return twin
+
+    def without(self) -> tuple[Any, ...]:
+        """The forward of the module's class."""
+        return own_forward(self.module)
 
 
 class LayoutHook(Uncompiled, Unpicklable):
@@ -114,6 +107,10 @@ class LayoutHook(Uncompiled, Unpicklable):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayoutHook:
         return self  # what it sees is looked up by length, whichever copy of the model runs
+
+    def without(self) -> tuple[Any, ...]:
+        """A hook that does nothing: pickle cannot take an entry out of a module's hooks."""
+        return no_hook()
 
 
 class Interception:

@@ -17,6 +17,7 @@ from hess_plugin.exceptions import HessError, PatchError
 from hess_plugin.handle import Patch
 from hess_plugin.interception import is_patched
 from hess_plugin.patching import make_settings, patch, unpatch
+from hess_plugin.pickling import leave_out
 from hess_plugin.plugins import get_plugin_manager
 from hess_plugin.profiles import Profile
 from hess_plugin.settings import Settings
@@ -220,6 +221,7 @@ class AutoPatch:
         except HessError as error:
             self._refuse(module, str(error))
             return
+        leave_out(module)  # a program that saves its model gets the file that it would
         handle.release()  # a program that drops its model gets its memory back
         self.models.append(PatchedModel(type(module).__name__, adapter, handle, weakref.ref(module)))
 

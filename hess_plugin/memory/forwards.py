@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hess_plugin.interception import Unpicklable, _is_own_forward, _place
+from hess_plugin.interception import _is_own_forward, _place
+from hess_plugin.pickling import Unpicklable, own_forward
 
 Forward = Callable[..., Any]
 Run = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
@@ -47,8 +48,12 @@ class LeanForward(Unpicklable):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LeanForward:
         twin = LeanForward(copy.deepcopy(self.module, memo), self.run, copy.deepcopy(self.before, memo))
-        twin.active = self.active
+        twin.active, twin.left_out = self.active, getattr(self, "left_out", False)
         return twin
+
+    def without(self) -> tuple[Any, ...]:
+        """The forward of the module's class."""
+        return own_forward(self.module)
 
 
 def replace_forward(module: nn.Module, run: Run) -> Callable[[], None] | None:

@@ -94,6 +94,24 @@ def test_an_unpickled_model_is_patched() -> None:
     assert is_patched(torch.load(file, weights_only=False))
 
 
+def test_a_program_saves_its_model_as_it_would(tmp_path: Path) -> None:
+    """A file without a trace of the patch, which a Python without hess_plugin could load if it had the model's code."""
+    plain = run(SceneNet())
+    auto = auto_patch(sparsity=0.5, memory="lean", **SMALL)
+    model = SceneNet()
+    torch.save(copy.deepcopy(model), tmp_path / "copy.pt")
+    torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        sparse = run(model)
+    auto.remove()
+    for name in ("model.pt", "copy.pt"):
+        loaded = torch.load(tmp_path / name, weights_only=False)
+        assert not is_patched(loaded) and same(run(loaded), plain) and not same(plain, sparse)
+        assert b"hess_plugin.interception" not in (tmp_path / name).read_bytes()
+        with hess_plugin.patch(loaded, sparsity=0.5, **SMALL):
+            assert same(run(loaded), sparse)
+
+
 def test_the_end_unpatches_and_leaves_later_models_alone() -> None:
     with auto_patch(sparsity=0.5, **SMALL) as auto:
         model = SceneNet()
