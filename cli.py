@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from hess_plugin import __version__
@@ -28,6 +30,9 @@ from hess_plugin.terminal import Group
 @click.option("--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(verbose: bool) -> None:
     """Make VGGT-family models fast: calibrate once, patch, run, undo."""
+    started = sys.modules.get("hess_plugin.auto.starting")
+    if started is not None:  # where a shell has the variables of `run --shell`
+        started.stand_aside()
 
 
 for _command in (

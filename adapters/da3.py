@@ -23,6 +23,7 @@ from hess_plugin import (
     load_weights,
     unproject,
 )
+from hess_plugin.adapters.parts import part
 
 _PLACE = "https://github.com/ByteDance-Seed/depth-anything-3"
 _NAMES = ("da3", "da3-small", "da3-base", "da3-large", "da3-giant", "da3nested-giant-large")
@@ -32,12 +33,10 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def _network(model: Any) -> str | None:
     """Name of the net inside `model`: bare, in the API object, in the nested model, or in both; None without one."""
     for name in ("", "model", "da3", "model.da3"):
-        net = model
-        for part in name.split(".") if name else ():
-            net = getattr(net, part, None)
-        vit = getattr(getattr(net, "backbone", None), "pretrained", None)
-        # alt_start is -1 in the mono and metric models, which have no attention across views.
-        if getattr(vit, "alt_start", -1) != -1 and getattr(net, "cam_dec", None) is not None:
+        net = part(model, name)
+        start = part(net, "backbone.pretrained.alt_start")
+        # It is -1 in the mono and metric models, which have no attention across views.
+        if isinstance(start, int) and start != -1 and part(net, "cam_dec") is not None:
             return name
     return None
 

@@ -23,6 +23,7 @@ from hess_plugin import (
     load_weights,
     quaternion_to_matrix,
 )
+from hess_plugin.adapters.parts import has_parts, part
 
 _PLACE = "https://github.com/facebookresearch/map-anything"
 _BLOCKS = "info_sharing.self_attention_blocks"
@@ -30,11 +31,10 @@ _BLOCKS = "info_sharing.self_attention_blocks"
 
 @hookimpl
 def hess_claim_model(model: Any) -> bool:
-    parts = ("encoder", "info_sharing", "scale_token", "dense_adaptor")
     # Its other kinds of transformer attend across views in every block, or only from one view to the others.
-    return getattr(model, "info_sharing_type", None) == "alternating_attention" and all(
-        hasattr(model, p) for p in parts
-    )
+    kind = part(model, "info_sharing_type")
+    parts = ("encoder", "info_sharing", "scale_token", "dense_adaptor")
+    return isinstance(kind, str) and kind == "alternating_attention" and has_parts(model, *parts)
 
 
 @hookimpl

@@ -20,12 +20,13 @@ from hess_plugin import (
     load_weights,
     to_world,
 )
+from hess_plugin.adapters.parts import has_parts
 
 
 @hookimpl
 def hess_claim_model(model: Any) -> bool:
     parts = ("decoder", "register_token", "point_decoder", "camera_decoder", "conf_decoder", "camera_head")
-    return all(hasattr(model, part) for part in parts)
+    return has_parts(model, *parts)
 
 
 @hookimpl

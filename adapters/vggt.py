@@ -25,22 +25,29 @@ from hess_plugin import (
     quaternion_to_matrix,
     unproject,
 )
+from hess_plugin.adapters.parts import has_parts, part
+
+_KNOWN_FORWARDS = (".vggt.models.vggt", ".hess_plugin.demo.model")
+"""Where forwards of whole models are from that keep the layers to their heads; one of a subclass may return them."""
 
 
 @hookimpl
 def hess_claim_model(model: Any) -> bool:
-    aggregator: Any = getattr(model, "aggregator", None)
-    parts = ("frame_blocks", "global_blocks", "camera_token", "register_token", "patch_start_idx")
-    if not all(hasattr(aggregator, part) for part in parts):
+    aggregator = part(model, "aggregator")
+    if not has_parts(aggregator, "frame_blocks", "global_blocks", "camera_token", "register_token", "patch_start_idx"):
         return False
     # StreamVGGT has the same parts, but its global attention is causal and cached: not this adapter's.
-    attention = type(aggregator.global_blocks[0].attn)
-    return not {"attn_mask", "past_key_values"} & set(inspect.signature(attention.forward).parameters)
+    attention = part(aggregator, "global_blocks.0.attn")
+    try:
+        parameters = inspect.signature(type(attention).forward).parameters
+    except (AttributeError, TypeError, ValueError):  # no block, no attention in it, or none that can be looked into
+        return False
+    return not {"attn_mask", "past_key_values"} & set(parameters)
 
 
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
-    dense = [name for name in ("point_head", "depth_head") if getattr(model, name, None) is not None]
+    dense = [name for name in ("point_head", "depth_head") if part(model, name) is not None]
     return Family(
         camera_weight=0.5,
         framing=Framing(model.aggregator.patch_size, _width(model), "crop"),
@@ -58,15 +65,8 @@ def _separable(model: Any) -> tuple[tuple[str, int], ...]:
     count = len(model.aggregator.global_blocks)
     found = [("aggregator.patch_embed", 0), *((f"aggregator.frame_blocks.{i}", 0) for i in range(count))]
     found += [(f"aggregator.global_blocks.{i}.mlp", 1) for i in range(count)]
-    found += [(name, 1) for name in ("point_head", "depth_head", "track_head.feature_extractor") if _has(model, name)]
-    return tuple(found)
-
-
-def _has(model: Any, name: str) -> bool:
-    """Whether a head was built."""
-    for part in name.split("."):
-        model = getattr(model, part, None)
-    return model is not None
+    heads = ("point_head", "depth_head", "track_head.feature_extractor")
+    return (*found, *((head, 1) for head in heads if part(model, head) is not None))
 
 
 def _joined_layers(model: Any) -> JoinedLayers | None:
@@ -74,9 +74,11 @@ def _joined_layers(model: Any) -> JoinedLayers | None:
     aggregator = model.aggregator
     if hasattr(aggregator, "cached_layer_indices"):  # since May 2026 upstream keeps only some itself
         return None
+    if not f".{getattr(type(model).forward, '__module__', '')}".endswith(_KNOWN_FORWARDS):
+        return None
     count, read = len(aggregator.global_blocks), {-1}  # the camera head reads the last
     for name, child in model.named_children():
-        layers = [part.intermediate_layer_idx for part in child.modules() if hasattr(part, "intermediate_layer_idx")]
+        layers = [head.intermediate_layer_idx for head in child.modules() if hasattr(head, "intermediate_layer_idx")]
         if not layers and name not in ("aggregator", "camera_head"):
             return None
         read |= {index for some in layers for index in some}
@@ -99,10 +101,14 @@ def hess_find_global_attention(model: Any) -> list[Site]:
 
 @hookimpl
 def hess_token_layout(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
+    return token_layout(model.aggregator.patch_size, model.aggregator.patch_start_idx, args, kwargs)
+
+
+def token_layout(size: int, leading: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
+    """Special tokens, then patches of `size` pixels, of each frame that an aggregator is called with."""
     images = args[0] if args else kwargs["images"]  # [B, S, 3, H, W]
-    size = model.aggregator.patch_size
     grid = (images.shape[-2] // size, images.shape[-1] // size)
-    return TokenLayout(images.shape[1], grid[0] * grid[1], leading=model.aggregator.patch_start_idx, grid=grid)
+    return TokenLayout(images.shape[1], grid[0] * grid[1], leading=leading, grid=grid)
 
 
 @hookimpl

@@ -21,7 +21,8 @@ from hess_plugin import (
     load_weights,
     unproject,
 )
-from hess_plugin.adapters.vggt import cameras
+from hess_plugin.adapters.parts import has_parts, part
+from hess_plugin.adapters.vggt import cameras, token_layout
 
 _PLACE = "https://github.com/facebookresearch/vggt-omega"
 
@@ -29,20 +30,20 @@ _PLACE = "https://github.com/facebookresearch/vggt-omega"
 @hookimpl
 def hess_claim_model(model: Any) -> bool:
     parts = ("frame_blocks", "inter_frame_blocks", "inter_frame_attention_types", "patch_token_start")
-    return all(hasattr(getattr(model, "aggregator", None), part) for part in parts)
+    return has_parts(part(model, "aggregator"), *parts)
 
 
 @hookimpl
 def hess_describe_family(model: Any) -> Family:
     def present(*heads: str) -> tuple[str, ...]:
-        return tuple(head for head in heads if getattr(model, head, None) is not None)
+        return tuple(head for head in heads if part(model, head) is not None)
 
     layers = range(len(model.aggregator.inter_frame_blocks))
     return Family(
         camera_weight=0.5,
         # Upstream's "balanced" keeps as many tokens, but may exceed them by a row, and cuts aspects beyond 1 : 2.
         framing=Framing(model.aggregator.patch_size, 512, "area"),
-        source="lambda = 0.5 of VGGT (ReSS, arXiv 2609.35593), whose camera and depth heads it keeps; not swept itself",
+        source="lambda = 0.5, that of VGGT, which predicts cameras and depth too: no sweep was published for VGGT-Omega",
         blocks=("aggregator.frame_blocks", "aggregator.inter_frame_blocks"),
         frame_heads=present("dense_head"),
         unused_heads=present("text_alignment_head"),
@@ -62,10 +63,7 @@ def hess_find_global_attention(model: Any) -> list[Site]:
 
 @hookimpl
 def hess_token_layout(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout:
-    images = args[0] if args else kwargs["images"]  # [B, S, 3, H, W]
-    size = model.aggregator.patch_size
-    grid = (images.shape[-2] // size, images.shape[-1] // size)
-    return TokenLayout(images.shape[1], grid[0] * grid[1], leading=model.aggregator.patch_token_start, grid=grid)
+    return token_layout(model.aggregator.patch_size, model.aggregator.patch_token_start, args, kwargs)
 
 
 @hookimpl

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, NamedTuple
+import weakref
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hess_plugin_cuda
@@ -66,16 +68,17 @@ class SiteAttention:
         index: int,
         place: Place | None = None,
     ) -> None:
-        self.site = site
+        # Its module holds this object: a strong reference back would keep dropped models, and originals of copies.
+        self.site = replace(site, module=cast(nn.Module, weakref.proxy(site.module)))
         self.settings = settings
         self.place = place
         self.layouts = layouts
         self.tally = Tally(site)
-        self._plans: dict[tuple[TokenLayout, torch.device], Plan] = {}
+        self._plans: dict[tuple[TokenLayout, torch.device, bool], Plan] = {}
         self._weights: Tensor | None = None
         self._first = index == 0  # tells for all sites
         if settings.allocation != "uniform":
-            even = torch.ones(site.num_heads, dtype=torch.float64)
+            even = torch.tensor([1.0] * site.num_heads, dtype=torch.float64, device="cpu")  # whatever context this is
             seed = settings.seed * 1009 + index  # every site shuffles differently
             self._weights = sparsity.head_weights(even if scores is None else scores, settings.allocation, seed=seed)
 
@@ -131,7 +134,7 @@ class SiteAttention:
 
     def _plan(self, query: Tensor) -> Plan:
         layout = self.layouts.of(query.shape[-2], self.site.name)
-        key = (layout, query.device)
+        key = (layout, query.device, torch.is_autocast_enabled(query.device.type))
         plan = self._plans.get(key)
         if plan is None:
             settings = self.settings if self.place is None else self.place.settle(self.site, query.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict
 from types import TracebackType
 from typing import TypeVar
@@ -32,9 +33,14 @@ class Handle:
         self._active = False
         self._undo.close()
 
-    def release(self) -> None:
-        """Forget how to undo the change, which stays: this handle no longer keeps the model in memory."""
+    def release(self, undo: Callable[[], None]) -> None:
+        """Keep the model in memory no longer; the change stays.
+
+        Args:
+            undo: called by `remove` instead; must not keep the model in memory.
+        """
         self._undo.pop_all()
+        self._undo.callback(undo)
 
     def __enter__(self: Self) -> Self:
         return self
@@ -76,6 +82,15 @@ class Patch(Handle):
         settings |= {} if self._stepped_aside is None else {"stepped_aside": self._stepped_aside}
         sites = tuple(tally.report() for tally in self._tallies)
         return PatchReport(sites, self._place.backend, self._place.settings.allocation, settings, self.measures)
+
+    def was_called(self) -> bool:
+        """Whether any site was reached since `patch`, or since `reset`."""
+        return any(site.calls or site.unfit_calls for site in self.report().sites)
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+        for tally in self._tallies:
+            tally.reset()
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"

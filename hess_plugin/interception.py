@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,10 +44,11 @@ class _AnswerAttention(TorchFunctionMode):
 class _Forward(Uncompiled, Unpicklable):
     """What an intercepted module calls instead of its own forward: that forward, its attention call answered.
 
-    An object and not a closure: a copy of the module needs one that runs the copy.
+    An object and not a closure: a copy of the module needs one that runs the copy. It is a part of the module, so it
+    knows it by a weak reference: a model that is dropped must go at once, not when cycles are looked for.
     """
 
-    __slots__ = ("active", "attend", "before", "module", "name", "spelled")
+    __slots__ = ("_module", "active", "attend", "before", "name", "spelled")
     reason = "hess_plugin chooses the blocks of this attention by their values"
 
     def __init__(
@@ -57,8 +59,19 @@ class _Forward(Uncompiled, Unpicklable):
         before: Any,
         spelled: Callable[..., Any] | None = None,
     ) -> None:
-        self.module, self.name, self.attend, self.before, self.spelled = module, name, attend, before, spelled
+        self._module = weakref.ref(module)
+        self.name, self.attend, self.before, self.spelled = name, attend, before, spelled
         self.active = True  # False where another tool still holds this object after it was removed
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose forward this is."""
+        return alive(self._module)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The forward that is replaced, by which `inspect` finds the signature."""
+        return types.MethodType(type(self.module).forward, self.module)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's class with its attention call answered."""
@@ -68,10 +81,14 @@ class _Forward(Uncompiled, Unpicklable):
         with _AnswerAttention(self.attend) as mode:
             output = (self.spelled or type(module).forward)(module, *args, **kwargs)
         if mode.calls != 1:
-            raise PatchError(
+            error = PatchError(
                 f"{self.name} ({type(module).__name__}) called scaled_dot_product_attention {mode.calls} times in one "
                 "forward, wanted exactly one; its adapter must implement hess_replace_attention."
             )
+            if not taken(self.attend, error):
+                raise error
+            # Without a call the output is the module's own; with several, blocks may have been left out of any.
+            return output if mode.calls == 0 else type(module).forward(module, *args, **kwargs)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
@@ -87,30 +104,76 @@ class _Forward(Uncompiled, Unpicklable):
 
 
 class LayoutHook(Uncompiled, Unpicklable):
-    """The pre-hook by which a patch learns the token layout of every forward."""
+    """The pre-hook by which a patch learns the token layout of every forward.
 
-    __slots__ = ("see",)
+    Args:
+        model: which the adapter is asked about.
+        see: called as ``see(model, args, kwargs)``; may have an attribute `unfit`, see `taken`.
+    """
+
+    __slots__ = ("_model", "see")
     reason = "hess_plugin reads the token layout of a forward"
 
-    def __init__(self, see: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> None:
-        self.see = see
+    def __init__(self, model: nn.Module, see: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]) -> None:
+        self._model, self.see = weakref.ref(model), see
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the layout of the forward that starts."""
         if getattr(module, "_is_replica", False):
-            raise PatchError(
-                "nn.DataParallel runs copies of the model that share the forwards of the original, which a patch "
-                "replaces; use DistributedDataParallel, one process a device."
-            )
-        if not is_traced():  # numbers that only a tracer knows must not be kept for later forwards
-            self.see(args, kwargs)
+            self._leave_replica(module)
+        elif not is_traced():  # numbers that only a tracer knows must not be kept for later forwards
+            try:
+                self.see(alive(self._model), args, kwargs)
+            except Exception as error:
+                if not taken(self.see, error):
+                    raise
+
+    def _leave_replica(self, module: nn.Module) -> None:
+        error = PatchError(
+            "nn.DataParallel runs copies of the model that share the forwards of the original, which a patch "
+            "replaces; use DistributedDataParallel, one process a device."
+        )
+        if not taken(self.see, error):
+            raise error
+        for part in module.modules():  # their own attributes, and made anew for every forward
+            for name in [name for name, value in vars(part).items() if isinstance(value, Unpicklable)]:
+                del vars(part)[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayoutHook:
-        return self  # what it sees is looked up by length, whichever copy of the model runs
+        model = self._model()
+        twin = LayoutHook(memo.get(id(model), model) if model is not None else nn.Identity(), self.see)
+        if hasattr(self, "left_out"):
+            twin.left_out = self.left_out
+        return twin
 
     def without(self) -> tuple[Any, ...]:
         """A hook that does nothing: pickle cannot take an entry out of a module's hooks."""
         return no_hook()
+
+
+def taken(answering: Callable[..., Any], error: Exception) -> bool:
+    """Tell whether a patch takes note of an error and lets the model go on as if it were not patched.
+
+    Args:
+        answering: a function of the patch; its attribute `unfit`, if it has one, is called with the sentence.
+        error: that the patch would raise.
+    """
+    note = getattr(answering, "unfit", None)
+    if note is not None:
+        note(" ".join(str(error).split()))
+    return note is not None
+
+
+def alive(reference: weakref.ref[nn.Module]) -> nn.Module:
+    """The module that is meant.
+
+    Raises:
+        PatchError: it was dropped, and something else kept a forward of it.
+    """
+    module = reference()
+    if module is None:
+        raise PatchError("this forward is of a patched model that no longer exists; keep the model, or patch it anew.")
+    return module
 
 
 class Interception:
@@ -142,9 +205,9 @@ def intercept(site: Site, attend: Callable[..., Tensor], forward: Callable[..., 
             calls was not one.
     """
     module, name = site.module, site.name
-    place = _place(module)
+    place = forward_place(module)
     before = vars(module).get(place)
-    if is_intercepted(module) or not (before is None or _is_own_forward(module, before)):
+    if is_intercepted(module) or not (before is None or is_own_forward(module, before)):
         owner = "hess_plugin" if is_intercepted(module) else "another tool"
         raise PatchError(f"{name}.forward is already replaced by {owner}; undo that before patching.")
     if forward is None and getattr(module, "fused_attn", True) is False:
@@ -154,7 +217,7 @@ def intercept(site: Site, attend: Callable[..., Tensor], forward: Callable[..., 
     return Interception(module, held)
 
 
-def _place(module: nn.Module) -> str:
+def forward_place(module: nn.Module) -> str:
     """Where the module keeps the forward to replace: beneath the hook of accelerate, if it has one.
 
     Accelerate replaces the forward of modules that it moves about, and puts back what it kept when it goes.
@@ -162,7 +225,7 @@ def _place(module: nn.Module) -> str:
     return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
 
 
-def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+def is_own_forward(module: nn.Module, forward: Any) -> bool:
     """Tell whether this is the class's forward bound to the module, which accelerate leaves behind."""
     return getattr(forward, "__self__", None) is module and forward.__func__ is getattr(type(module), "forward", None)
 

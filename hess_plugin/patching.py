@@ -16,8 +16,9 @@ from .attention import SiteAttention
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
-from .interception import SDPA, LayoutHook, is_patched, restore
+from .interception import SDPA, LayoutHook, is_patched, restore, taken
 from .memory.lean import make_lean, unmake_lean
+from .pickling import is_left_out
 from .place import Place
 from .plans import Layouts
 from .plugins import resolve_adapter
@@ -135,8 +136,7 @@ def patch(
         memory=memory,
     )
     allocation = settings.allocation
-    if unfit not in UNFIT:
-        raise PatchError(f"unfit is {unfit!r}, wanted one of {', '.join(UNFIT)}.")
+    check_unfit(unfit)
     if profile is None and allocation not in ("uniform", "equal"):
         raise PatchError(
             f"allocation {allocation!r} divides budgets by a profile and none was given; pass profile=FILE."
@@ -149,6 +149,8 @@ def patch(
     check_verdict(verdict)
     model = unwrapped(model)
     chosen = resolve_adapter(model, adapter, manager)
+    if is_patched(model) and is_left_out(model):
+        unpatch(model)  # what is asked for goes before what `auto_patch` did by itself
     if is_patched(model):
         raise PatchError(
             "this model, or a module that it shares with another, is patched already; call remove() on its patch (or "
@@ -175,7 +177,7 @@ def patch(
         for site, attention in zip(sites, attentions, strict=True):
             undo.callback(_replace(chosen, site, attention, unfit).remove)
         for name in dict.fromkeys(site.layout_module for site in sites):
-            undo.callback(_watch_layout(chosen, model, name, layouts).remove)
+            undo.callback(_watch_layout(chosen, model, name, layouts, attentions[0], unfit).remove)
         if memory == "lean":
             handle.measures = make_lean(model, chosen.family(model), sites, undo)
         handle._undo = undo.pop_all()
@@ -211,6 +213,16 @@ def make_settings(
     return Settings(sparsity, sparse_ratio, cdf_threshold, allocation, **others)
 
 
+def check_unfit(unfit: str) -> None:
+    """Refuse what is not one of `UNFIT`.
+
+    Raises:
+        PatchError: it is not.
+    """
+    if unfit not in UNFIT:
+        raise PatchError(f"unfit is {unfit!r}, wanted one of {', '.join(UNFIT)}.")
+
+
 def unpatch(model: nn.Module) -> int:
     """Remove every patch from a model whose handle is lost, or from a deepcopy of a patched model.
 
@@ -243,18 +255,27 @@ def _replace(adapter: Adapter, site: Site, attention: SiteAttention, unfit: str)
         try:
             return attention(*args, **kwargs)
         except PatchError as error:
-            if unfit == "raise":
+            if not taken(attend, error):
                 raise
-            attention.tally.unfit(str(error))
             return SDPA(*args, **kwargs)
 
-    return adapter.replace_attention(site, attend)
+    return adapter.replace_attention(site, _with_note(attend, attention, unfit))
 
 
-def _watch_layout(adapter: Adapter, model: nn.Module, name: str, layouts: Layouts) -> RemovableHandle:
+def _watch_layout(
+    adapter: Adapter, model: nn.Module, name: str, layouts: Layouts, first: SiteAttention, unfit: str
+) -> RemovableHandle:
     """Note the token layout before every forward of the module that receives the images."""
 
-    def see(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def see(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         layouts.see(adapter.token_layout(model, args, kwargs))
 
-    return model.get_submodule(name).register_forward_pre_hook(LayoutHook(see), with_kwargs=True)
+    hook = LayoutHook(model, _with_note(see, first, unfit))
+    return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _with_note(function: Any, attention: SiteAttention, unfit: str) -> Any:
+    """Let a function of the patch note what does not fit, where it is not to be raised."""
+    if unfit == "dense":
+        function.unfit = attention.tally.unfit
+    return function

@@ -45,7 +45,16 @@ def no_hook() -> tuple[Any, ...]:
 
 def leave_out(model: nn.Module) -> None:
     """Let a patched model be pickled, as the unpatched one: for programs that know nothing of the patch."""
-    for module in model.modules():
-        for value in (*vars(module).values(), *module._forward_pre_hooks.values()):
-            if isinstance(value, Unpicklable):
-                value.left_out = True
+    for part in _parts(model):
+        part.left_out = True
+
+
+def is_left_out(model: nn.Module) -> bool:
+    """Tell whether a patched model was patched for a program that knows nothing of it."""
+    return all(getattr(part, "left_out", False) for part in _parts(model))
+
+
+def _parts(model: nn.Module) -> list[Unpicklable]:
+    """What patches left in a model."""
+    values = [v for m in model.modules() for v in (*vars(m).values(), *m._forward_pre_hooks.values())]
+    return [value for value in values if isinstance(value, Unpicklable)]

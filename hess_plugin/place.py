@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 import hess_plugin_cuda
 
 from .break_even import Conditions
-from .exceptions import PatchError
+from .exceptions import AdapterError, PatchError
 from .profiles import Profile
 from .recorded_break_evens import recorded_limit
 from .settings import Settings
@@ -33,7 +33,7 @@ class Place:
 
     def __init__(self, settings: Settings, profile: Profile | None) -> None:
         self.settings, self.backend = settings, settings.backend
-        self._profile = profile
+        self._profile, self._dtype = profile, torch.float32
 
     def settle(self, site: Site, device: torch.device | None = None) -> Settings:
         """Find out about a device, and return the settings that hold there.
@@ -45,26 +45,31 @@ class Place:
         Raises:
             PatchError: the backend asked for does not exist or cannot run there.
         """
-        weight = site.tensor()
-        device = weight.device if device is None else device
+        if device is None:
+            weight = site.tensor()
+            device, self._dtype = weight.device, weight.dtype
+        else:
+            # Another tool may have replaced the weight since, and the original of a copy may be gone.
+            with contextlib.suppress(AdapterError, ReferenceError):
+                self._dtype = site.tensor().dtype
         if device.type == "meta" and self.settings.backend in ("auto", *hess_plugin_cuda.available_backends()):
             return self.settings  # weights are still to come
         try:
             self.backend = hess_plugin_cuda.resolve_backend(
-                self.settings.backend, device=device, dtype=weight.dtype, head_dim=site.head_dim
+                self.settings.backend, device=device, dtype=self._dtype, head_dim=site.head_dim
             )
         except (ValueError, RuntimeError) as error:
             raise PatchError(str(error)) from error
         if self._profile is not None:
-            limit = self._limit(self._profile, weight, device)
+            limit = self._limit(self._profile, device)
             self.settings = replace(self.settings, dense_below=limit)
         return self.settings
 
-    def _limit(self, profile: Profile, weight: Tensor, device: torch.device) -> int:
+    def _limit(self, profile: Profile, device: torch.device) -> int:
         """Patch tokens below which the dense path was found to be the faster one; 0 where nothing is known."""
         kind, settings = device.type, self.settings
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         conditions = Conditions.of(
-            device, weight.dtype, self.backend, settings.block_q, settings.block_k, autocast=autocast
+            device, self._dtype, self.backend, settings.block_q, settings.block_k, autocast=autocast
         )
         return recorded_limit(profile, conditions, settings.sparsity)

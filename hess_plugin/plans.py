@@ -145,7 +145,7 @@ def make_plan(
         total = sparsity.target_total(settings.sparsity, heads, rows, columns, minimum=settings.minimum)
         dense = total == heads * rows * columns
         with torch.inference_mode(False), torch.no_grad():
-            shares = torch.ones(heads, dtype=torch.float64) if weights is None else weights
+            shares = torch.ones(heads, dtype=torch.float64, device="cpu") if weights is None else weights
             budgets = allocate(total, shares, settings, rows, columns)
     return Plan(
         layout=layout,

@@ -88,10 +88,17 @@ def resolve_adapter(model: nn.Module, name: str | None = None, manager: pluggy.P
             f"no adapter claims {kind}; known: {', '.join(known)}{_missing(manager)}; write one: {GUIDE}."
         )
     if len(claims) > 1:
-        raise AmbiguousModel(
-            f"{kind} is claimed by {' and '.join(claims)}; choose one with adapter=NAME (--adapter NAME)."
-        )
+        raise AmbiguousModel(claimed_twice(kind, claims, manager))
     return Adapter(claims[0], manager)
+
+
+def claimed_twice(kind: str, names: list[str], manager: pluggy.PluginManager) -> str:
+    """Say who claims a model that several adapters claim, and what to do about it."""
+    origins = getattr(manager, "origins", {})
+    packages = [origins[name].package for name in names if name in origins and origins[name].package]
+    out = f", or leave a package out with HESS_DISABLE_PLUGINS={packages[0]}" if packages else ""
+    claimants = " and ".join(called(manager, name).removeprefix("adapter ") for name in names)
+    return f"{kind} is claimed by {claimants}; choose one with adapter=NAME (--adapter NAME){out}."
 
 
 def require_claim(model: nn.Module, name: str, manager: pluggy.PluginManager | None = None) -> Adapter:

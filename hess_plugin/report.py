@@ -118,26 +118,25 @@ class Tally:
         self._unfit_calls = 0
         self._unfit: str | None = None
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        # An ordinary tensor even when patched or first called under inference_mode, where a new tensor
-        # could not be updated later outside of it.
-        with torch.inference_mode(False):
-            self._kept = torch.zeros(site.num_heads, dtype=torch.int64)
+        # Made by the first sparse call: where a model is patched, tensors may be made on no device at all.
+        self._heads, self._kept_dense = site.num_heads, 0
+        self._kept: Tensor | None = None
 
     def dense(self, pairs: int, special: int) -> None:
         """Count one call that kept everything: `pairs` patch-block pairs and `special` block pairs a head."""
         with self._lock:
             self._dense_calls += 1
-            self._kept += pairs
+            self._kept_dense += pairs
             self._total += pairs
             self._special += special
 
     def sparse(self, kept: Tensor, pairs: int, special: int) -> None:
         """Count one sparse call that kept `kept` ``[H]`` patch-block pairs of `pairs` a head."""
         with self._lock:
-            if self._kept.device != kept.device:
-                with torch.inference_mode(False):
-                    self._kept = self._kept.to(kept.device)
-            self._kept += kept
+            # An ordinary tensor also under inference_mode, where a new one could not be updated later outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                before = torch.zeros_like(kept) if self._kept is None else self._kept.to(kept.device)
+                self._kept = before + kept
             self._total += pairs
             self._special += special
 
@@ -177,14 +176,22 @@ class Tally:
             self._seconds += first.elapsed_time(last) / 1000.0
         self._events.clear()
 
+    def reset(self) -> None:
+        """Forget what was counted."""
+        with self._lock:
+            self._calls = self._dense_calls = self._total = self._special = self._kept_dense = self._unfit_calls = 0
+            self._seconds, self._unfit, self._kept = 0.0, None, None
+            self._events.clear()
+
     def report(self) -> SiteReport:
         """Read the counts."""
         sparsity = all_keys = heads = None
         with self._lock:
             self._settle_events()
-            total, special, kept = self._total, self._special, self._kept.tolist()
+            total, special, dense = self._total, self._special, self._kept_dense
+            kept = [0] * self._heads if self._kept is None else self._kept.tolist()
         if total:
-            heads = tuple(1.0 - count / total for count in kept)
+            heads = tuple(1.0 - (dense + count) / total for count in kept)
             sparsity = sum(heads) / len(heads)
             all_keys = sparsity * total / (total + special)
         return SiteReport(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,9 +171,10 @@ class TokenLayout:
         Args:
             within: order of the patches inside each frame, a permutation ``[patches]``; raster by default.
         """
-        within = torch.arange(self.patches) if within is None else within
-        starts = torch.arange(self.frames)[:, None] * self.tokens_per_frame
-        after = torch.arange(self.leading + self.patches, self.tokens_per_frame)
-        beside = torch.cat([torch.arange(self.leading), after])
-        tail = torch.arange(self.tokens - self.tail, self.tokens)
+        arange = functools.partial(torch.arange, device="cpu")
+        within = arange(self.patches) if within is None else within
+        starts = arange(self.frames)[:, None] * self.tokens_per_frame
+        after = arange(self.leading + self.patches, self.tokens_per_frame)
+        beside = torch.cat([arange(self.leading), after])
+        tail = arange(self.tokens - self.tail, self.tokens)
         return torch.cat([(starts + self.leading + within).flatten(), (starts + beside).flatten(), tail])

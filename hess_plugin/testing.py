@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pluggy
 from torch import nn
 
-from .contract import answers, calibrating, exactness, projections, undoing
+from .contract import answers, calibrating, exactness, little_memory, projections, undoing
 from .contract.case import CannotTell, Case
 from .exceptions import AdapterError, HessError
 from .patching import unpatch
@@ -19,6 +19,7 @@ from .plugins import resolve_adapter
 from .registration.registry import cause_of
 from .scenes.scene import Scene
 
+_FAMILY = "the family's settings fit the model"
 _SITES = "sites are modules of the model with their projections"
 _LENGTH = "the token layout has the length of the attention sequence"
 _PREDICTION = "a prediction has cameras, points and confidence of every view"
@@ -28,10 +29,11 @@ Checker = Callable[[Case], "str | None"]
 CHECKS: tuple[tuple[str, Checker, tuple[str, ...]], ...] = (
     ("exactly one adapter claims the model", answers.claimed_once, ()),
     ("the model is in eval mode", answers.in_eval_mode, ()),
-    ("the family's settings fit the model", answers.family_fits, ()),
+    (_FAMILY, answers.family_fits, ()),
     (_SITES, answers.sites_fit, ()),
     (_PREDICTION, answers.prediction_fits, ()),
     (_LENGTH, answers.layout_fits, (_SITES, _PREDICTION)),
+    ("a call by name has the same token layout", answers.layout_by_keyword, (_LENGTH,)),
     ("the rows of W_Q, W_K and W_V are those of their heads", projections.rows_are_the_heads, (_LENGTH,)),
     ("removing a patch leaves no trace", undoing.undo_is_complete, (_LENGTH,)),  # before others patch the model
     (_DENSE, exactness.dense_is_exact, (_LENGTH,)),
@@ -40,7 +42,8 @@ CHECKS: tuple[tuple[str, Checker, tuple[str, ...]], ...] = (
     ("forwards of several sizes do not disturb each other", exactness.sizes_follow_each_other, (_DENSE,)),
     ("scenes in a batch do not disturb each other", exactness.batches_are_independent, (_DENSE,)),
     ("it runs in half precision", exactness.half_precision_runs, (_DENSE,)),
-    ("a patched model refuses a second patch", undoing.second_patch_refused, (_DENSE,)),
+    ("inference in little memory predicts the same", little_memory.lean_predicts_the_same, (_FAMILY, _DENSE)),
+    ("attention that is replaced already is refused", undoing.second_replacement_refused, (_DENSE,)),
     ("an exception inside a patched forward leaves nothing behind", undoing.exception_is_safe, (_DENSE,)),
     ("a deepcopy of a patched model runs by itself", undoing.deepcopy_runs, (_DENSE,)),
     ("errors have a gradient at every site", calibrating.gradient_everywhere, (_SITES, _PREDICTION)),

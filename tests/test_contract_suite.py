@@ -16,13 +16,26 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import hess_plugin
-from hess_plugin import AdapterError, Family, Prediction, TokenLayout, fused_site, hookimpl, intercept
+from hess_plugin import (
+    AdapterError,
+    Family,
+    JoinedLayers,
+    PatchError,
+    Prediction,
+    TokenLayout,
+    attention,
+    fused_site,
+    hookimpl,
+    intercept,
+)
 from hess_plugin.cli import main
-from hess_plugin.contract import exactness
+from hess_plugin.contract import exactness, little_memory
 from hess_plugin.contract.case import Case
 from hess_plugin.demo.rooms import make_scene
+from hess_plugin.memory import chunks
 from hess_plugin.plugins import get_plugin_manager, register, resolve_adapter
 from hess_plugin.registration.registry import Registry
 from hess_plugin.scenes.scene import Scene
@@ -48,8 +61,8 @@ def sites(model: Any) -> Any:
     return [fused_site(model, f"mynet_blocks.{i}", "") for i in range(1, len(model.mynet_blocks), 2)]
 
 
-def layout(model: Any, args: Any) -> TokenLayout:
-    images = args[0]
+def layout(model: Any, args: Any, kwargs: Any) -> TokenLayout:
+    images = args[0] if args else kwargs["images"]
     grid = (images.shape[-2] // model.patch, images.shape[-1] // model.patch)
     return TokenLayout(images.shape[1], grid[0] * grid[1], leading=model.special, grid=grid)
 
@@ -113,16 +126,17 @@ def transposed(model: Any, images: Tensor) -> Prediction:
     return Prediction(right.c2w, right.points.transpose(1, 2), right.confidence.transpose(1, 2), 0.0)
 
 
-def counted_batch(model: Any, args: Any) -> TokenLayout:
-    found = layout(model, args)
-    return dataclasses.replace(found, frames=args[0].shape[0] * args[0].shape[1])
+def counted_batch(model: Any, args: Any, kwargs: Any) -> TokenLayout:
+    found = layout(model, args, kwargs)
+    images = args[0] if args else kwargs["images"]
+    return dataclasses.replace(found, frames=images.shape[0] * images.shape[1])
 
 
 def remembering() -> Callable[..., Any]:
     first: list[TokenLayout] = []
 
-    def hess_token_layout(model: Any, args: Any) -> TokenLayout:
-        first.append(layout(model, args))
+    def hess_token_layout(model: Any, args: Any, kwargs: Any) -> TokenLayout:
+        first.append(layout(model, args, kwargs))
         return first[0]
 
     return hess_token_layout
@@ -173,17 +187,87 @@ class Careless:
             self.module.left_behind = True
 
 
+class Leaking:
+    """A replacement that turns its function mode on and off by hand, not in a with statement."""
+
+    def __init__(self, site: Any, attend: Any) -> None:
+        self.module, own = site.module, type(site.module).forward
+
+        class Mode(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                answer = attend if func is torch.nn.functional.scaled_dot_product_attention else func
+                return answer(*args, **(kwargs or {}))
+
+        def forward(x: Tensor) -> Tensor:
+            mode = Mode()
+            mode.__enter__()
+            result: Tensor = own(self.module, x)
+            mode.__exit__(None, None, None)
+            return result
+
+        self.module.forward = forward
+
+    def remove(self) -> None:
+        self.module.__dict__.pop("forward", None)
+
+
+class Exchanging(Careless):
+    """A replacement that puts another object where one was, under the same name."""
+
+    def remove(self) -> None:
+        super().remove()
+        self.module.num_heads = True if self.module.num_heads is True else float(self.module.num_heads)
+
+
+def not_over_its_own() -> Callable[..., Any]:
+    """A replacement that refuses what it replaced itself, and does not look for anybody else."""
+
+    def hess_replace_attention(site: Any, attend: Any) -> Any:
+        if getattr(vars(site.module).get("forward"), "__name__", "") == "forward":
+            raise PatchError("replaced already.")
+        return Careless(site, attend, False)
+
+    return hess_replace_attention
+
+
+def read_layers(*read: int) -> JoinedLayers:
+    return JoinedLayers("mynet_blocks", ("mynet_blocks", "mynet_blocks"), read)
+
+
 LENGTH = "the token layout has the length of the attention sequence"
 PREDICTION = "a prediction has cameras, points and confidence of every view"
 FAMILY = "the family's settings fit the model"
 DENSE = next(name for name, _, _ in CHECKS if name.startswith("at sparsity 0"))
 SITES = "sites are modules of the model with their projections"
 ROWS = "the rows of W_Q, W_K and W_V are those of their heads"
+LITTLE = "inference in little memory predicts the same"
+NAMED = "a call by name has the same token layout"
+REFUSED = "attention that is replaced already is refused"
+EXCEPTION = "an exception inside a patched forward leaves nothing behind"
 GRADIENT = "errors have a gradient at every site"
 WRONG: dict[str, tuple[Hooks, str, str]] = {
     "camera weight": (family(camera_weight=2.0), FAMILY, "give a share, 0 to 1"),
     "string": (family(blocks="mynet_blocks"), FAMILY, "give a tuple of names: ('mynet_blocks',)"),
     "unknown block": (family(frame_heads=("heads",)), FAMILY, "names 'heads', which the model does not have"),
+    "unknown separable": (family(separable=(("point_head", 1), ("nosuch.module", 0))), FAMILY,
+                          "names 'nosuch.module', which the model does not have"),
+    "separable without axis": (family(separable=("point_head",)), FAMILY, "give pairs of a name and an axis"),
+    "axis": (family(separable=(("point_head", -1),)), FAMILY, "give pairs of a name and an axis"),
+    "unknown layers": (family(joined_layers=JoinedLayers("nowhere", ("mynet_blocks", "mynet_blocks"), (0,))), FAMILY,
+                       "names 'nowhere', which the model does not have"),
+    "uneven layers": (family(joined_layers=JoinedLayers("", ("mynet_blocks", "point_head"), (0,))), FAMILY,
+                      "joins 4 blocks with 0"),
+    "no such layer": (family(joined_layers=read_layers(0, 4)), FAMILY, "reads layer 4 of 4; count from 0"),
+    "last layer": (family(joined_layers=read_layers(-1)), FAMILY, "reads layer -1 of 4; count from 0"),
+    "mixes tokens": (family(separable=(("point_head", 1), ("mynet_blocks.1", 1))), LITTLE,
+                     "of 2.11e+00; Family(separable=...) has ('mynet_blocks.1', 1), name there only what treats"),
+    "mixes frames": (family(separable=(("embed", 0), ("", 1))), LITTLE, "Family(separable=...) has ('', 1)"),
+    "head that mixes": (family(frame_heads=("mynet_blocks.3",)), LITTLE,
+                        "Family(frame_heads=...) has 'mynet_blocks.3', name there only heads that treat frames"),
+    "position alone": ({"hess_token_layout": lambda model, args: layout(model, args, {})}, NAMED,
+                       "take what may come by name from there: args[0] if args else kwargs['images']"),
+    "other by name": ({"hess_token_layout": lambda model, args, kwargs: layout(model, args, kwargs) if args
+                       else TokenLayout(4, 17)}, NAMED, "announced 4 frames"),
     "heads": (site_with(num_heads=2), ROWS,
               "attention of mynet_blocks.1 has 4 heads of width 8, its site says 2 of 8; correct num_heads"),
     "no projection": (site_with(projections={}), SITES, "give Site(projections=...) q, k and v"),
@@ -209,8 +293,14 @@ WRONG: dict[str, tuple[Hooks, str, str]] = {
     "not in half": ({"hess_replace_attention": not_in_half}, "it runs in half precision", "RuntimeError: no half"),
     "left": ({"hess_replace_attention": lambda site, attend: Careless(site, attend, True)},
              "removing a patch leaves no trace", "attributes changed; remove() has to put it back"),
-    "swallowed": ({"hess_predict": swallowing()}, "an exception inside a patched forward leaves nothing behind",
-                  "do not catch errors of the model"),
+    "exchanged": ({"hess_replace_attention": lambda site, attend: Exchanging(site, attend, False)},
+                  "removing a patch leaves no trace", "mynet_blocks.1: attribute num_heads changed"),
+    "replaced twice": ({"hess_replace_attention": lambda site, attend: Careless(site, attend, False)}, REFUSED,
+                       "a forward that hess_plugin had replaced was replaced again"),
+    "another tool": ({"hess_replace_attention": not_over_its_own()}, REFUSED,
+                     "a forward that another tool had replaced was replaced again"),
+    "leaked": ({"hess_replace_attention": Leaking}, EXCEPTION, "a function mode is still on"),
+    "swallowed": ({"hess_predict": swallowing()}, EXCEPTION, "do not catch errors of the model"),
     "closure": ({"hess_replace_attention": lambda site, attend: Careless(site, attend, False)},
                 "a deepcopy of a patched model runs by itself", "build hess_replace_attention on hess_plugin.inter"),
     "detached": (changed(c2w=Tensor.detach, points=Tensor.detach), GRADIENT, "no gradient with respect to the model"),
@@ -238,7 +328,7 @@ def test_a_broken_adapter_fails_its_line_with_what_to_do(
 def test_a_right_adapter_passes_every_line(model: Any, scene: Scene) -> None:
     checks = check_adapter(model, scene, manager=manager_of({}), block=8)
     require(checks)
-    assert len(checks) == len(CHECKS) == 20 and all(str(check).startswith("[ok]   ") for check in checks)
+    assert len(checks) == len(CHECKS) == 22 and all(str(check).startswith("[ok]   ") for check in checks)
 
 
 def test_every_line_is_broken_by_some_test_here() -> None:
@@ -248,7 +338,6 @@ def test_every_line_is_broken_by_some_test_here() -> None:
         "the model is in eval mode",
         "the chosen backend agrees with the plain reference",
         "a patched forward drops the share asked for",
-        "a patched model refuses a second patch",
         "calibrating gives a profile that patches the model",
     }
     assert broken | others == {name for name, _, _ in CHECKS} and not broken & others
@@ -309,11 +398,61 @@ def test_a_scene_that_is_too_small_for_its_blocks(model: Any, scene: Scene) -> N
     assert "smaller blocks" in found["calibrating gives a profile that patches the model"]
 
 
-def test_a_second_patch_that_is_accepted(model: Any, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hess_plugin.patching.is_patched", lambda model: False)
-    careless: Hooks = {"hess_replace_attention": lambda site, attend: Careless(site, attend, False)}
-    found = problems(check_adapter(model, scene, manager=manager_of(careless), block=8))
-    assert found["a patched model refuses a second patch"].startswith("it was accepted")
+def test_a_leaked_function_mode_is_told_and_taken_away(model: Any, scene: Scene) -> None:
+    plain = predict(model, scene.images).points
+    check_adapter(model, scene, manager=manager_of({"hess_replace_attention": Leaking}), block=8)
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(predict(model, scene.images).points, plain)
+
+
+def test_what_a_model_changes_itself_is_not_put_on_the_patch(model: Any, scene: Scene) -> None:
+    def note(module: Any, args: Any, output: Any) -> None:
+        module.calls = getattr(module, "calls", 0) + 1
+        module.last = output.detach()
+
+    for part in (model.mynet_blocks[1], model.point_head):
+        part.register_forward_hook(note)
+    found = problems(check_adapter(model, scene, manager=manager_of({}), block=8))
+    assert found == {}
+
+
+def test_a_model_whose_arguments_have_no_names(scene: Scene) -> None:
+    class Nameless(networks.MyNet):  # type: ignore[misc, name-defined]
+        def forward(self, *inputs: Tensor) -> Any:
+            return super().forward(*inputs)
+
+    torch.manual_seed(0)
+    checks = check_adapter(Nameless().eval(), scene, manager=manager_of({}), block=8)
+    require(checks)
+    (told,) = [str(check) for check in checks if check.unknown]
+    assert NAMED in told and "takes arguments by position alone" in told
+
+
+def test_a_batch_of_which_nothing_can_be_compared_is_not_said_to_hold(scene: Scene) -> None:
+    class Flat(networks.MyNet):  # type: ignore[misc, name-defined]
+        """Returns the views of all scenes in one axis."""
+
+        def forward(self, images: Tensor) -> Any:
+            return {name: value.flatten(0, 1) for name, value in super().forward(images).items()}
+
+    def hess_predict(model: Any, images: Tensor) -> Prediction:
+        output = model(images[None])
+        return Prediction(output["c2w"], output["points"], output["conf"], min_confidence=0.0)
+
+    torch.manual_seed(0)
+    checks = check_adapter(Flat().eval(), scene, manager=manager_of({"hess_predict": hess_predict}), block=8)
+    require(checks)
+    (told,) = [str(check) for check in checks if check.unknown]
+    assert told.endswith("not checked, the model returns nothing that has an axis for the scenes of a batch")
+
+
+def test_pieces_are_as_small_as_they_can_be_and_then_as_before(model: Any, scene: Scene) -> None:
+    before, lengths = (chunks.CHUNK, attention.GROUP), []
+    model.point_head.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    manager = manager_of(family(frame_heads=("point_head",)))
+    case = Case(model, scene, resolve_adapter(model, None, manager), 8, 0.5)
+    assert little_memory.lean_predicts_the_same(case) is None
+    assert 2 in lengths and 4 in lengths and before == (chunks.CHUNK, attention.GROUP)
 
 
 def test_a_model_of_strict_sizes_needs_a_framing(model: Any, scene: Scene) -> None:
@@ -364,7 +503,7 @@ def test_check_of_the_demo_model(invoke: Callable[..., Result]) -> None:
     assert result.stdout.splitlines()[0] == (
         "adapter 'vggt' on TinyVGGT: 3 views of 60 x 60 pixels, blocks of 8, sparsity 0.5"
     )
-    assert result.stdout.endswith("20 hold, 0 fail, 0 not checked\n") and result.stderr == ""
+    assert result.stdout.endswith("22 hold, 0 fail, 0 not checked\n") and result.stderr == ""
     assert list(Path().iterdir()) == []
 
 
@@ -373,7 +512,7 @@ def test_check_of_the_example(invoke: Callable[..., Result], name: str, monkeypa
     monkeypatch.syspath_prepend(TOY)  # installed by test_toy_example
     result = invoke("check", "--plugin", TOY / "hess_plugin_toy/adapter.py", "--model", name)
     assert result.exit_code == 0, result.output
-    assert "19 hold, 0 fail, 1 not checked" in result.stdout and "the model takes one scene at a time" in result.stdout
+    assert "21 hold, 0 fail, 1 not checked" in result.stdout and "the model takes one scene at a time" in result.stdout
     assert "WARNING: random weights" in result.stderr
 
 

@@ -166,7 +166,7 @@ def test_the_commands_run(shell: Callable[[str], Result], tmp_path: Path) -> Non
     assert "adapter mynet claims MyNet: 2 sites" in result.stdout and "mynet_blocks.3" in result.stdout
     result = shell(check)
     assert result.exit_code == 0, result.output
-    assert "20 hold, 0 fail, 0 not checked" in result.stdout
+    assert "22 hold, 0 fail, 0 not checked" in result.stdout
     assert f"adapter 'mynet' of file {tmp_path / 'mynet.py'} on MyNet: 4 views of 56 x 56 pixels" in result.stdout
     assert {plugin["status"] for plugin in json.loads(shell(plugins).stdout)} <= {"ok", "broken", "disabled"}
     # The variable does the same as the option.

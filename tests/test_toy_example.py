@@ -93,7 +93,7 @@ def test_the_example_package_from_installation_to_removal(installed: Run) -> Non
 
     (snippet,) = re.findall(r"```python\n(.*?)```", (EXAMPLE / "README.md").read_text(), flags=re.DOTALL)
     assert "sparsity" in installed("-c", snippet).stdout
-    assert installed("-c", CHECK).stdout == "19 hold\n"
+    assert installed("-c", CHECK).stdout == "21 hold\n"
 
     _break(installed)
     done = patch_command(installed, "sites", "--model", "demo")

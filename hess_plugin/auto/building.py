@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 Built = Callable[[nn.Module], None]
 
-_lock = threading.Lock()
+_OWN = "_hess_plugin_own_init"
 _listeners: list[Built] = []
-_wrapped: list[tuple[type[nn.Module], Callable[..., None], Callable[..., None] | None]] = []
-_MARK = "_hess_plugin_reports"
-_own_setstate = nn.Module.__setstate__
+# The classes whose __init__ reports. What it replaced is kept on the class: a class that the program drops must go.
+_wrapped: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
+_lock = threading.RLock()
+_before: dict[str, Any] = {}
 
 
 def listen(built: Built) -> Callable[[], None]:
@@ -49,16 +53,20 @@ def listen(built: Built) -> Callable[[], None]:
 
 
 def _install() -> None:
-    if "__new__" not in nn.Module.__dict__:
+    if "__new__" not in _before:
+        _before["__new__"] = nn.Module.__dict__.get("__new__")  # another tool's
         nn.Module.__new__ = staticmethod(_new)  # type: ignore[method-assign, assignment]
+    _before["__setstate__"] = nn.Module.__setstate__
     nn.Module.__setstate__ = _setstate  # type: ignore[method-assign]
 
 
 def _uninstall() -> None:
-    nn.Module.__setstate__ = _own_setstate  # type: ignore[method-assign]
-    for cls, wrapper, own in _wrapped:
-        if cls.__dict__.get("__init__") is not wrapper:
+    nn.Module.__setstate__ = _before["__setstate__"]  # type: ignore[method-assign]
+    for cls in list(_wrapped):
+        init = cls.__dict__.get("__init__")
+        if not hasattr(init, _OWN):
             continue  # replaced since, by the program
+        own = getattr(init, _OWN)
         if own is None:
             del cls.__init__
         else:
@@ -67,41 +75,62 @@ def _uninstall() -> None:
 
 
 def _new(cls: type[nn.Module], /, *args: Any, **kwargs: Any) -> Any:
-    if _listeners and not _is_torch(cls):
+    # A compiler follows this function, and can follow nothing but what is below.
+    if not torch.compiler.is_compiling() and _listeners:
         _wrap(cls)
+    if _before["__new__"] is not None:
+        return _before["__new__"].__func__(cls, *args, **kwargs)
     # Classes that come after nn.Module in the resolution order may have a __new__ of their own (the hub's mixin has).
-    following = super(nn.Module, cls).__new__
-    return following(cls) if following is object.__new__ else following(cls, *args, **kwargs)
+    for base in cls.__mro__[cls.__mro__.index(nn.Module) + 1 : -1]:
+        if "__new__" in base.__dict__:
+            return super(nn.Module, cls).__new__(cls, *args, **kwargs)
+    return object.__new__(cls)
 
 
 def _setstate(self: nn.Module, state: dict[str, Any]) -> None:
-    _own_setstate(self, state)
+    _before["__setstate__"](self, state)
     if not _is_torch(type(self)):
         _tell(self)
 
 
 def _is_torch(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "torch"
+    return str(getattr(cls, "__module__", "")).partition(".")[0] == "torch"
 
 
 def _wrap(cls: type[nn.Module]) -> None:
     """Have the ``__init__`` of instances of exactly this class report; Python looks it up after ``__new__``."""
+    if cls in _wrapped or _is_torch(cls):
+        return
     with _lock:
-        found = cls.__init__
-        if getattr(found, _MARK, None) is cls:
+        own = cls.__dict__.get("__init__")
+        if hasattr(own, _OWN):
             return
 
-        @functools.wraps(found)
+        @functools.wraps(cls.__init__)
         def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            found(self, *args, **kwargs)
+            if own is None:  # found anew each time: the program may replace that of a base
+                super(cls, self).__init__(*args, **kwargs)
+            else:
+                own(self, *args, **kwargs)
             if type(self) is cls:  # else a subclass is still at work
                 _tell(self)
 
-        setattr(init, _MARK, cls)
-        _wrapped.append((cls, init, cls.__dict__.get("__init__")))
-        cls.__init__ = init  # type: ignore[method-assign]
+        setattr(init, _OWN, own)
+        try:
+            cls.__init__ = init  # type: ignore[method-assign]
+        except Exception:  # a class that forbids it is let alone
+            return
+        _wrapped.add(cls)
 
 
 def _tell(module: nn.Module) -> None:
     for listener in tuple(_listeners):
         listener(module)
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that held it is not in the forked process
+
+
+os.register_at_fork(after_in_child=_renew_lock)

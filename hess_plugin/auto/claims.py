@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,14 @@ from torch import nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import UnknownModel
+from hess_plugin.plugins import claimed_twice
 from hess_plugin.registration.registry import called
+
+from .saying import say
 
 
 class Claims:
-    """The claims of a manager's adapters; one that fails is told once and not asked again.
+    """The claims of a manager's adapters; of one that fails this is told once.
 
     Args:
         manager: with the adapters.
@@ -26,7 +28,7 @@ class Claims:
     """
 
     def __init__(self, manager: pluggy.PluginManager, only: str | None) -> None:
-        self._manager = manager
+        self._manager, self._told = manager, set[str]()
         plugins = {name: plugin for name, plugin in manager.list_name_plugin() if plugin is not None}
         if only is not None and only not in plugins:
             raise UnknownModel(f"no adapter is called {only!r}; known: {', '.join(sorted(plugins))}.")
@@ -37,7 +39,11 @@ class Claims:
 
     def of(self, module: nn.Module) -> list[str]:
         """Names of the adapters that claim a module."""
-        return [name for name, hook in list(self._hooks.items()) if self._claims(name, hook, module)]
+        return [name for name, hook in self._hooks.items() if self._claims(name, hook, module)]
+
+    def quarrel(self, names: list[str]) -> str:
+        """Say which of several adapters claim one model, and what to do about it."""
+        return claimed_twice("it", names, self._manager)
 
     def adapter(self, name: str) -> Adapter:
         """Return one of the adapters."""
@@ -46,12 +52,11 @@ class Claims:
     def _claims(self, name: str, hook: Callable[..., Any], module: nn.Module) -> bool:
         try:
             return any(answer is True for answer in hook(model=module))
-        except Exception as error:  # a stranger's adapter must not stop the program
-            del self._hooks[name]
+        except Exception as error:  # neither a stranger's adapter nor an odd module may stop the program
+            if name in self._told:
+                return False
+            self._told.add(name)
             who, kind = called(self._manager, name), type(module).__name__
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            sys.stderr.write(
-                f"hess-patch: {who} failed when asked about {kind} ({what}) and is left out; repair its "
-                "hess_claim_model.\n"
-            )
+            say(f"{who} failed when asked about {kind} ({what}), which is taken as a no; repair its hess_claim_model.")
             return False

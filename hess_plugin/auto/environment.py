@@ -12,14 +12,15 @@ from typing import Any
 from hess_plugin.exceptions import PatchError
 
 OPTIONS = "HESS_AUTO_PATCH"
-"""Options of `hess_plugin.patch`, as JSON or as ``name=value,name=value``; ``off`` patches nothing."""
+"""Options of `hess_plugin.patch`: JSON, or ``name=value,name=value``; ``off`` patches nothing, ``on`` by default."""
 RECORD = "HESS_AUTO_PATCH_RECORD"
 """File in which the processes of one run note what they patched."""
 ROOT = "HESS_AUTO_PATCH_ROOT"
 """Number of the process that `hess-patch run` became."""
 TEMPORARY = "HESS_AUTO_PATCH_TEMPORARY"
-"""Set where that process has to delete the record in the end."""
+"""The record, where that process has to delete it in the end."""
 OFF = ("off", "0", "no", "false")
+ON = ("on", "1", "yes", "true")
 
 
 def is_off() -> bool:
@@ -34,7 +35,7 @@ def options_in_environment() -> dict[str, Any]:
         PatchError: it is neither JSON nor a list of names with values.
     """
     text = os.environ.get(OPTIONS, "").strip()
-    if not text or is_off():
+    if not text or is_off() or text.lower() in ON:
         return {}
     if text.startswith("{"):
         try:
@@ -71,6 +72,8 @@ def environment_for(options: Mapping[str, Any], record: Path | None) -> dict[str
         record: file in which the processes note what they patched.
     """
     bootstrap = str(Path(__file__).resolve().parent / "bootstrap")
-    before = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != bootstrap]
-    variables = {OPTIONS: json.dumps(dict(options)), "PYTHONPATH": os.pathsep.join([bootstrap, *before])}
+    given = os.environ.get("PYTHONPATH", "")
+    # An empty entry means the current folder: what was given stays as it is, but for this very entry.
+    entries = [entry for entry in given.split(os.pathsep) if entry != bootstrap] if given else []
+    variables = {OPTIONS: json.dumps(dict(options)), "PYTHONPATH": os.pathsep.join([bootstrap, *entries])}
     return variables if record is None else {**variables, RECORD: str(record)}

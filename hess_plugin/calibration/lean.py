@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hess_plugin.adapting import Family
 from hess_plugin.exceptions import AdapterError
+from hess_plugin.memory.lean import family_module
 from hess_plugin.sites import Site
 
 
@@ -38,9 +39,9 @@ def lean(model: nn.Module, family: Family, sites: Sequence[Site], frames: int) -
     """
     with contextlib.ExitStack() as undo:
         for name in _blocks(model, family, sites):
-            _replace_forward(_module(model, name), _recomputed, undo)
+            _replace_forward(family_module(model, name), _recomputed, undo)
         for name in family.frame_heads:
-            _replace_forward(_module(model, name), functools.partial(_one_by_one, name=name, frames=frames), undo)
+            _replace_forward(family_module(model, name), functools.partial(_one_by_one, name=name, frames=frames), undo)
         for name in family.unused_heads:
             _leave_out(model, name, undo)
         yield
@@ -50,17 +51,7 @@ def _blocks(model: nn.Module, family: Family, sites: Sequence[Site]) -> list[str
     """Names of the modules to recompute: the children of the family's lists, else the parents of the sites."""
     if not family.blocks:
         return list(dict.fromkeys(name for site in sites if (name := site.name.rpartition(".")[0])))
-    return [f"{name}.{child}" for name in family.blocks for child, _ in _module(model, name).named_children()]
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise AdapterError(
-            f"the adapter's hess_describe_family names {name!r}, which {type(model).__name__} does not have; name its "
-            "block lists and heads as in model.named_modules()."
-        ) from error
+    return [f"{name}.{child}" for name in family.blocks for child, _ in family_module(model, name).named_children()]
 
 
 def _replace_forward(
@@ -132,7 +123,7 @@ def _has_frames(leaf: object, frames: int) -> bool:
 
 def _leave_out(model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:
     """Set a head to None: upstream forwards then skip it."""
-    head = _module(model, name)
+    head = family_module(model, name)
     parent, _, attribute = name.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, attribute, None)  # the key stays where it was among the owner's modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from hess_plugin.files import check_writable
 
@@ -50,14 +52,18 @@ patch_options = together(
 )
 
 
+def _files(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    return [CompletionItem(begun, type="file")]
+
+
 @click.command(
     short_help="Run your own program, its models patched.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},  # the options of the command are its own
 )
 @patch_options
 @click.option("--report", type=OUTPUT, help="JSON file to write: every patched model, measured sparsity by head.")
 @click.option("--shell", is_flag=True, help="Print the variables that do it, for a shell to evaluate; run nothing.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=_files)
 def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: Any) -> None:
     """Run a program and patch every model it builds.
 
@@ -77,16 +83,26 @@ def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: A
     if command and shell:
         raise click.UsageError("--shell prints variables and runs nothing; leave out the command.")
     wanted = _patch_arguments(options)
+    from hess_plugin.auto.environment import OPTIONS, ROOT, TEMPORARY, environment_for, is_off, options_in_environment
+    from hess_plugin.registration.files import name_files
+
+    wanted = options_in_environment() | wanted  # a variable gives what the command leaves open
+    if "backend" in wanted:
+        from hess_plugin.auto.patcher import check_options
+
+        check_options({"backend": wanted["backend"]}, None)
+    name_files(())  # paths that the program finds from any folder
     if report is not None:
         check_writable(report, ".json")
-    from hess_plugin.auto.environment import ROOT, TEMPORARY, environment_for
-
     if shell:
         _print_exports(environment_for(wanted, None if report is None else report.absolute()))
         return
     command = _resolved(command)
+    if is_off():
+        click.echo(f"hess-patch: {OPTIONS} is off: nothing will be patched.", err=True)
+        _become(command, dict(os.environ))
     record = _fresh_record(report)
-    root = {ROOT: str(os.getpid())} | ({TEMPORARY: "1"} if report is None else {})
+    root = {ROOT: str(os.getpid()), TEMPORARY: str(record) if report is None else ""}
     _become(command, {**os.environ, **environment_for(wanted, record), **root})
 
 
@@ -112,9 +128,10 @@ def _patch_arguments(options: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError("--sparsity and --sparse-ratio/--cdf-threshold were given; choose one of them.")
     if profile is None:
         needy = [f"--{name.replace('_', '-')}" for name in chosen]
+        needy += ["--any-weights"] if "strict" in wanted else []
         needy += ["--allocation"] if wanted.get("allocation") not in (None, "uniform", "equal") else []
         if needy:
-            raise click.UsageError(f"{needy[0]} divides budgets by a profile and none was given; add --profile.")
+            raise click.UsageError(f"{needy[0]} needs a profile and none was given; add --profile.")
         return wanted
     from hess_plugin.profiles import Profile
 
@@ -131,7 +148,9 @@ def _resolved(command: tuple[str, ...]) -> tuple[str, ...]:
         command = (sys.executable, *command)
     path = shutil.which(command[0])
     if path is None:
-        raise click.UsageError(f"{first} cannot be run: no such program; give the command as you would type it.")
+        found = Path(first)
+        why = "it is a folder" if found.is_dir() else "it is not executable" if found.exists() else "no such program"
+        raise click.UsageError(f"{first} cannot be run: {why}; give the command as you would type it.")
     if Path(path).name.startswith("python"):
         _check_flags(command)
     return command
@@ -139,25 +158,30 @@ def _resolved(command: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_flags(command: tuple[str, ...]) -> None:
     """Refuse the options of Python that keep the environment out."""
-    for argument in command[1:]:
-        if not argument.startswith("-") or argument.startswith("--") or argument in ("-c", "-m", "-"):
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word.startswith("--") or word == "-":
             return
-        shut = set(argument[1:]) & set("IES")
-        if shut and argument[1] not in "WX":
-            raise click.UsageError(
-                f"python {argument} takes nothing from the environment, which is how models are found; leave out "
-                f"-{min(shut)}, or call hess_plugin.auto_patch() in the program."
-            )
+        for place, letter in enumerate(word[1:], 1):
+            if letter in "cm":
+                return  # the rest is the program's
+            if letter in "WX":
+                if place == len(word) - 1:
+                    next(words, None)
+                break  # the rest of the word, or the next, is its value
+            if letter in "IES":
+                raise click.UsageError(
+                    f"python {word} takes nothing from the environment, which is how models are found; leave out "
+                    f"-{letter}, or call hess_plugin.auto_patch() in the program."
+                )
 
 
 def _fresh_record(report: Path | None) -> Path:
-    """An empty record, in place of the report of an earlier run or among temporary files."""
+    """Where the processes note what they patched: an empty record in place of an earlier report, or a temporary one."""
     from hess_plugin.auto.record import begin_record
 
-    if report is None:
-        handle, name = tempfile.mkstemp(prefix="hess-patch-", suffix=".json")
-        os.close(handle)
-        return Path(name)
+    if report is None:  # made by the first process that has something to note
+        return Path(tempfile.gettempdir(), f"hess-patch-{secrets.token_hex(8)}.json")
     begin_record(report.absolute())
     return report.absolute()
 
@@ -167,8 +191,9 @@ def _become(command: tuple[str, ...], environment: dict[str, str]) -> None:
     for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores them, and what is ignored stays so in the program
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.flush()
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

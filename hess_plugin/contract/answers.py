@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hess_plugin.adapting import Family, JoinedLayers
+from hess_plugin.exceptions import AdapterError
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
+from hess_plugin.registration.registry import one_line
 from hess_plugin.sites import PROJECTIONS, TokenLayout
 
-from .case import Case, finite
+from .case import CannotTell, Case, finite
 
 
 def claimed_once(case: Case) -> str | None:
@@ -42,6 +46,33 @@ def family_fits(case: Case) -> str | None:
         missing = [name for name in names if name not in modules]
         if missing:
             return f"Family({field}=...) names {missing[0]!r}, which the model does not have; see model.named_modules()"
+    return _separable_problem(family, modules) or _layers_problem(family, modules)
+
+
+def _separable_problem(family: Family, modules: Mapping[str, nn.Module]) -> str | None:
+    for entry in family.separable:
+        if not isinstance(entry, tuple) or len(entry) != 2 or type(entry[1]) is not int or entry[1] < 0:
+            return f"Family(separable=...) holds {entry!r}; give pairs of a name and an axis, 0 or 1: ('head', 1)"
+        if entry[0] not in modules:
+            return f"Family(separable=...) names {entry[0]!r}, which the model does not have; see model.named_modules()"
+    return None
+
+
+def _layers_problem(family: Family, modules: Mapping[str, nn.Module]) -> str | None:
+    layers = family.joined_layers
+    if layers is None:
+        return None
+    if not isinstance(layers, JoinedLayers) or len(layers.blocks) != 2:
+        return f"Family(joined_layers={layers!r}) does not fit; give a JoinedLayers with two lists of blocks"
+    missing = [name for name in (layers.module, *layers.blocks) if name not in modules]
+    if missing:
+        return f"Family(joined_layers=...) names {missing[0]!r}, which the model does not have; see model.named_modules()"
+    counts = [len(list(modules[name].children())) for name in layers.blocks]
+    if counts[0] != counts[1]:
+        return f"Family(joined_layers=...) joins {counts[0]} blocks with {counts[1]}; name two lists of equal length"
+    wrong = [index for index in layers.read if index not in range(counts[0])]
+    if wrong:
+        return f"Family(joined_layers=...) reads layer {wrong[0]!r} of {counts[0]}; count from 0, without negative ones"
     return None
 
 
@@ -130,11 +161,56 @@ def layout_fits(case: Case) -> str | None:
     return None
 
 
+def layout_by_keyword(case: Case) -> str | None:
+    """Called with its arguments by name, a layout module has the same tokens."""
+    twin, problem = case.copy(), None
+    announced = Announced(case, twin)
+    with announced:
+        case.predict(twin)
+    for name, calls in announced.calls.items():
+        args, kwargs = calls[-1]
+        named = _by_name(twin.get_submodule(name), args, kwargs)
+        if named is None:
+            raise CannotTell(f"the forward of {name or 'the model'!r} takes arguments by position alone")
+        try:
+            layout = case.adapter.token_layout(twin, (), named)
+        except AdapterError as error:
+            problem = one_line(error)
+        else:
+            wanted = announced.layouts[name][-1]
+            problem = None if layout == wanted else f"hess_token_layout announced {layout} instead of {wanted}"
+        if problem is not None:
+            first = next(iter(named))
+            return f"{problem}; take what may come by name from there: args[0] if args else kwargs[{first!r}]"
+    return None
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call as keywords; None where the first has no name."""
+    try:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    except (TypeError, ValueError):
+        return None
+    parameters = list(bound.signature.parameters.values())[1:]
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    named: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.name not in bound.arguments:
+            continue
+        value = bound.arguments[parameter.name]
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            return None
+        named |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value}
+    return named
+
+
 class Announced:
-    """Notes the layouts that the adapter announces while the context is open, by layout module."""
+    """Notes the layouts that the adapter announces while the context is open, and for what, by layout module."""
 
     def __init__(self, case: Case, model: nn.Module) -> None:
         self.layouts: dict[str, list[TokenLayout]] = {}
+        self.calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {}
         self._case, self._model = case, model
         self._hooks: list[Any] = []
 
@@ -152,5 +228,6 @@ class Announced:
         def note(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             layout = self._case.adapter.token_layout(self._model, args, kwargs)
             self.layouts.setdefault(name, []).append(layout)
+            self.calls.setdefault(name, []).append((args, kwargs))
 
         return note

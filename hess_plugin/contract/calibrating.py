@@ -10,7 +10,7 @@ from hess_plugin.calibration.measuring import MEMORY, Protocol, measuring
 from hess_plugin.profiles import ERROR_NAMES
 
 from .case import ANY_DISTANCE, Case
-from .undoing import changes, state_of
+from .undoing import changes, state_at_rest, state_of
 
 
 def gradient_everywhere(case: Case) -> str | None:
@@ -29,7 +29,7 @@ def gradient_everywhere(case: Case) -> str | None:
 
 def lean_is_exact(case: Case) -> str | None:
     """Measuring in little memory gives the same traces and leaves no trace of its own."""
-    before, sites, traces = state_of(case.model), case.sites(), []
+    before, sites, traces = state_at_rest(case), case.sites(), []
     for memory in MEMORY:
         with measuring(case.adapter, case.model, sites, Protocol(eps=ANY_DISTANCE, memory=memory)) as measurer:
             traces.append(measurer.measure(case.scene).traces)

@@ -122,14 +122,18 @@ def _batch_problem(
 ) -> str | None:
     if not handle.report().sparsity:
         return "nothing was dropped; hess_token_layout must not count the batch among the frames"
+    compared = False
     for dense_one, dense_two, a, b in zip(one, two, alone, sparse, strict=True):
         if a.shape[:1] != (1,) or b.shape[:1] != (2,) or not a.is_floating_point():
             continue
+        compared = True
         # Sums are taken in another order in a batch; the dense model says by how much that shows.
         noise = (dense_two[:1] - dense_one).abs().max().item()
         worst = (b[:1] - a).abs().max().item()
         if not worst <= 1e-3 * max(1e-6, a.abs().max().item()) + 10 * noise:
             return f"the first scene of a batch of two differs by {worst:.2e} from the same scene alone"
+    if not compared:
+        raise CannotTell("the model returns nothing that has an axis for the scenes of a batch")
     return None
 
 

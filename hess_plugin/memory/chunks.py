@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from .forwards import Forward, log
 
@@ -15,11 +15,16 @@ CHUNK = 2**23
 """Numbers in the first tensor of a chunk: 8192 tokens of 1024 channels, which still fill a GPU."""
 
 
+_PLAIN = (type(None), bool, int, float, complex, str)
+_WITHOUT_TENSORS = (*_PLAIN, torch.dtype, torch.device, torch.memory_format, torch.Size)
+
+
 class Chunks:
     """Runs a module in chunks along one axis; a `forwards.Run`.
 
     Inputs are cut without a copy and outputs written into one tensor each, so that beside them only the intermediate
-    results of one chunk are alive.
+    results of one chunk are alive. Chunks of a call have two different lengths, so that an output which is as long as
+    one of them by coincidence is not taken for one entry each; where there is any doubt the module runs whole.
 
     Args:
         name: of the module, for what is told.
@@ -29,17 +34,21 @@ class Chunks:
     def __init__(self, name: str, axis: int) -> None:
         self.name, self.axis = name, axis
         self._whole = False
+        self._other_lengths: set[str] = set()
 
     def __call__(self, module: nn.Module, own: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward on chunks, or on everything where that is one chunk."""
-        leaves, structure = tree_flatten((args, kwargs))
+        paths, structure = tree_flatten_with_path((args, kwargs))
+        leaves = [leaf for _, leaf in paths]
         first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > self.axis), None)
         if self._whole or first is None or first.numel() == 0:
             return own(*args, **kwargs)
         length = first.shape[self.axis]
-        count = math.ceil(length / max(1, CHUNK * length // first.numel()))
-        if count <= 1:
+        count = _count(length, first.numel())
+        if self._coincides(paths, length) or count <= 1:
             return own(*args, **kwargs)
+        if not all(isinstance(leaf, (Tensor, *_WITHOUT_TENSORS)) for leaf in leaves):
+            return self._run_whole("is given an object that may hold tensors", own, args, kwargs)
         output = None
         for start, stop in _bounds(length, count):
             part = [_cut(leaf, self.axis, start, stop, length) for leaf in leaves]
@@ -48,12 +57,36 @@ class Chunks:
             if output is None:
                 output = _Joined.of(made, self.axis, stop, length)
             if output is None or not output.write(made, start, stop):
-                self._whole = True
-                log.warning("%s does not return one entry for each of its inputs; it runs whole", self.name)
-                return own(*args, **kwargs)
+                return self._run_whole("does not return one entry for each of its inputs", own, args, kwargs)
             del made
         assert output is not None
         return output.result()
+
+    def _coincides(self, paths: list[tuple[Any, Any]], length: int) -> bool:
+        """Whether a tensor is as long as the first one, and was not in another call: it has no entry for each."""
+        found = False
+        for path, leaf in paths:
+            if not isinstance(leaf, Tensor) or leaf.dim() <= self.axis:
+                continue
+            if leaf.shape[self.axis] == length:
+                found = found or keystr(path) in self._other_lengths
+            elif leaf.shape[self.axis] != 1:  # one entry for all is right at any length
+                self._other_lengths.add(keystr(path))
+        return found
+
+    def _run_whole(self, why: str, own: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own forward on everything, now and from now on."""
+        self._whole = True
+        log.warning("%s %s; it runs whole", self.name, why)
+        return own(*args, **kwargs)
+
+
+def _count(length: int, numbers: int) -> int:
+    """How many chunks, of two lengths that differ by one: 1 where there are fewer than three entries to tell them."""
+    count = math.ceil(length / max(2, CHUNK * length // numbers))
+    while 1 < count < length and length % count == 0:
+        count += 1
+    return count
 
 
 def _bounds(length: int, count: int) -> list[tuple[int, int]]:
@@ -77,14 +110,17 @@ class _Joined:
 
     @classmethod
     def of(cls, made: Any, axis: int, part: int, length: int) -> _Joined | None:
-        """Room for everything, given what the first chunk of `part` entries returned; None if it is not that long."""
+        """Room for everything, given what the first chunk of `part` entries returned; None if it is not that long.
+
+        None too for anything that cannot be compared with what another chunk returns, such as an array.
+        """
         kind, leaves, structure = _flatten(made)
         wholes = []
         for leaf in leaves:
-            if not isinstance(leaf, Tensor):
+            if type(leaf) in _PLAIN:
                 wholes.append(leaf)
                 continue
-            if leaf.dim() <= axis or leaf.shape[axis] != part:
+            if not isinstance(leaf, Tensor) or leaf.dim() <= axis or leaf.shape[axis] != part:
                 return None
             wholes.append(leaf.new_empty((*leaf.shape[:axis], length, *leaf.shape[axis + 1 :])))
         return cls(wholes, kind, structure, axis)

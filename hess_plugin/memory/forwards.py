@@ -6,13 +6,14 @@ import copy
 import functools
 import logging
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from hess_plugin.interception import _is_own_forward, _place
+from hess_plugin.interception import alive, forward_place, is_own_forward
 from hess_plugin.pickling import Unpicklable, own_forward
 
 Forward = Callable[..., Any]
@@ -28,11 +29,17 @@ class LeanForward(Unpicklable):
     what would be saved, and whatever is drawn at random would be drawn otherwise.
     """
 
-    __slots__ = ("active", "before", "module", "run")
+    __slots__ = ("_module", "active", "before", "run")
 
     def __init__(self, module: nn.Module, run: Run, before: Any) -> None:
-        self.module, self.run, self.before = module, run, before
+        self._module = weakref.ref(module)  # of which this is a part
+        self.run, self.before = run, before
         self.active = True  # False where another tool still holds this object after it was removed
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose forward this is."""
+        return alive(self._module)
 
     @property
     def __wrapped__(self) -> Forward:
@@ -66,9 +73,9 @@ def replace_forward(module: nn.Module, run: Run) -> Callable[[], None] | None:
     Returns:
         The undo, or None where the module was left alone.
     """
-    place = _place(module)
+    place = forward_place(module)
     before = vars(module).get(place)
-    if before is not None and not _is_own_forward(module, before):
+    if before is not None and not is_own_forward(module, before):
         return None
     forward = LeanForward(module, run, before)
     vars(module)[place] = forward

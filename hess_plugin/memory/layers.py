@@ -37,7 +37,8 @@ def run_model(module: nn.Module, own: Forward, args: tuple[Any, ...], kwargs: di
 class Unread:
     """Runs the module that joins layers without making those that are not read; a `forwards.Run`.
 
-    Called by the user instead of the whole model, the module gives back every layer.
+    Called by the user instead of the whole model, the module gives back every layer. It is for models whose own forward
+    hands the list to heads and keeps it to itself: one that returns it would return None for the layers left out.
 
     Args:
         layers: what the module joins, and what is read.

@@ -1,7 +1,9 @@
 """``patch(..., memory="lean")``: what is changed in a model so that inference takes less memory.
 
 Outputs stay what they are, to rounding: matrix products of other sizes may be summed in another order, nothing else
-differs.
+differs. What happens inside differs, which only those see who look there: a forward hook within a module that runs in
+chunks is called for each chunk, with that piece; and where unread layers are left out, a hook on the module that joins
+them finds None in their places, and code of that module that reads them there finds not-a-number.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def make_lean(model: nn.Module, family: Family, sites: Sequence[Site], undo: con
     taken = {id(site.module) for site in sites}
     chunked = []
     for name, axis in dict([*((head, 1) for head in family.frame_heads), *family.separable]).items():
-        module = _module(model, name)
+        module = family_module(model, name)
         if id(module) in taken or mixes_entries(module):
             log.warning("%s is not run in chunks: its entries are not treated alone", name)
         elif _replaced(module, name, Chunks(name, axis), undo):
@@ -48,8 +50,8 @@ def make_lean(model: nn.Module, family: Family, sites: Sequence[Site], undo: con
         done.append(f"{len(chunked)} modules in chunks: {_summary(chunked)}")
     layers = family.joined_layers
     if layers is not None:
-        count = len(list(_module(model, layers.blocks[0]).children()))
-        if _replaced(_module(model, layers.module), layers.module, Unread(layers), undo) and _replaced(
+        count = len(list(family_module(model, layers.blocks[0]).children()))
+        if _replaced(family_module(model, layers.module), layers.module, Unread(layers), undo) and _replaced(
             model, "the model", run_model, undo
         ):
             read = ", ".join(str(index) for index in layers.read)
@@ -73,7 +75,12 @@ def _replaced(module: nn.Module, name: str, run: Run, undo: contextlib.ExitStack
     return True
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def family_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a model that its family names.
+
+    Raises:
+        AdapterError: the model does not have it.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError as error:

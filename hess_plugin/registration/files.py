@@ -45,10 +45,9 @@ def name_files(paths: Sequence[Path]) -> None:
     Raises:
         AdapterError: a path is not a Python file, or cannot be written in such a variable.
     """
-    known = named_files()
-    for path in paths:
-        known.append(check_file(path))
-    os.environ[VARIABLE] = os.pathsep.join(str(path) for path in dict.fromkeys(known))
+    known = [check_file(path) for path in (*named_files(), *paths)]
+    if known:
+        os.environ[VARIABLE] = os.pathsep.join(str(path) for path in dict.fromkeys(known))
 
 
 def check_file(path: Path) -> Path:

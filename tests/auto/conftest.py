@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,11 @@ def ended(code: int, output: str, error: str) -> Ended:
     lines = error.splitlines()
     said = [line for line in lines if line.startswith("hess-patch: ")]
     return Ended(code, output, "\n".join(line for line in lines if line not in said), said)
+
+
+def _like_a_terminal() -> None:
+    """What runs in the background, tests perhaps, ignores the interrupt, and so would its programs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Programs:
@@ -60,6 +66,7 @@ class Programs:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_like_a_terminal,
         )
 
     def plain(self, *command: object, given: str = "", variables: Mapping[str, str] | None = None) -> Ended:

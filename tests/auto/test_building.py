@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
+import multiprocessing
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -196,3 +200,78 @@ def test_meta_tensors_and_compiled_modules_are_built_as_before(seen: list[nn.Mod
     assert leaf.linear.weight.is_meta and names(seen) == ["Leaf"]
     compiled = torch.compile(Leaf(), backend="eager")
     assert isinstance(compiled, nn.Module)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = 1
+
+
+class Inherits(Base):
+    pass
+
+
+def test_an_init_that_a_program_gives_a_base_later_is_run(
+    seen: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Inherits().value == 1
+
+    def another(self: Base) -> None:
+        nn.Module.__init__(self)
+        self.value = 2
+
+    monkeypatch.setattr(Base, "__init__", another)
+    assert Inherits().value == 2 and names(seen) == ["Inherits", "Inherits"]
+
+
+def test_a_class_that_allows_no_change_is_let_alone(seen: list[nn.Module]) -> None:
+    class Strict(type):
+        def __setattr__(cls, name: str, value: object) -> None:
+            raise TypeError("no")
+
+    class Closed(nn.Module, metaclass=Strict):
+        def __init__(self) -> None:
+            super().__init__()
+
+    class Nowhere(nn.Module):
+        pass
+
+    Nowhere.__module__ = None  # type: ignore[assignment]
+    assert isinstance(Closed(), nn.Module) and isinstance(Nowhere(), nn.Module) and names(seen) == ["Nowhere"]
+
+
+def test_classes_that_a_program_drops_are_let_go(seen: list[nn.Module]) -> None:
+    def make() -> weakref.ref[type]:
+        class Made(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+
+        Made()
+        return weakref.ref(Made)
+
+    gone = [make() for _ in range(5)]
+    seen.clear()
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 5
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_compiler_follows_what_is_built_in_a_forward(listening: bool) -> None:
+    end = listen(lambda module: None)
+    if not listening:
+        end()
+    try:
+        x = torch.rand(3, 4)
+        torch._dynamo.reset()
+        found = torch.compile(lambda x: nn.Softmax(dim=-1)(x), backend="eager", fullgraph=True)(x)
+        assert torch.equal(found, x.softmax(-1))
+    finally:
+        end()
+
+
+def test_a_forked_process_builds(seen: list[nn.Module]) -> None:
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(len(names(seen)) or (Leaf() and 7)))
+    process.start()
+    process.join()
+    assert process.exitcode == 7

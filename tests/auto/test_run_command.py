@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def test_at_sparsity_0_a_program_is_what_it_was(project: Programs, kind: str) ->
     patched = project.patched(*command, *arguments, options=("--sparsity", 0, *project.small), given="hello")
     assert plain.code == patched.code == 7 and plain.output == patched.output and plain.error == patched.error
     assert not plain.said and len(patched.said) == 1
-    assert "SceneNet was patched (adapter vggt, 4 sites): 1 forward, all of them dense" in patched.said[0]
+    assert (
+        "SceneNet was patched (adapter vggt, 4 sites): 1 forward, all of them dense, as asked for." in patched.said[0]
+    )
 
 
 def test_what_was_measured_is_said_and_reported(project: Programs) -> None:
@@ -198,10 +201,15 @@ def test_an_environment_without_the_plugin_is_named(programs: Programs) -> None:
         (("--", "missing.py"), "missing.py does not exist"),
         (("--", "python3", "-I", "x.py"), "python -I takes nothing from the environment"),
         (("--", "python3", "-uE", "x.py"), "leave out -E"),
+        (("--", "python3", "-W", "ignore", "-S", "x.py"), "leave out -S"),
+        (("--sparsty", "0.5", "--", "true"), "No such option"),
+        (("--any-weights", "--", "true"), "--any-weights needs a profile"),
+        (("--backend", "fast", "--", "true"), "backend is 'fast', wanted one of auto"),
+        (("--", "/tmp"), "/tmp cannot be run: it is a folder"),
         (("--sparsity", "1", "--", "true"), "1.0 is not in the range 0<=x<1"),
         (("--sparsity", ".5", "--sparse-ratio", ".5", "--", "true"), "choose one of them"),
-        (("--allocation", "hess", "--", "true"), "--allocation divides budgets by a profile and none was given"),
-        (("--camera-weight", ".5", "--", "true"), "--camera-weight divides budgets by a profile"),
+        (("--allocation", "hess", "--", "true"), "--allocation needs a profile and none was given"),
+        (("--camera-weight", ".5", "--", "true"), "--camera-weight needs a profile"),
         (("--profile", "nowhere.hess", "--", "true"), "nowhere.hess"),
         (("--report", "report.txt", "--", "true"), "wanted a name that ends in .json"),
     ],
@@ -212,8 +220,13 @@ def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], sentence: str) ->
 
 
 def test_options_of_python_that_look_alike_are_let_through(programs: Programs) -> None:
-    patched = programs.patched(PYTHON, "-W", "ignore", "-X", "dev", "-c", "print('ran')", variables={})
-    assert patched.code == 0 and patched.output == "ran\n"
+    for options in (
+        ("-W", "ignore", "-X", "dev", "-c", "print('ran')"),
+        ("-cSEED=1;print('ran')",),
+        ("-uc", "print('ran')"),
+    ):
+        patched = programs.patched(PYTHON, *options)
+        assert patched.code == 0 and patched.output == "ran\n"
 
 
 def test_the_programs_folder_can_be_another_when_it_loads_the_profile(project: Programs, demo_profile: Path) -> None:
@@ -225,3 +238,83 @@ def test_the_programs_folder_can_be_another_when_it_loads_the_profile(project: P
     )
     patched = project.patched(PYTHON, "-c", code, options=("--profile", "p.hess", "--sparsity", 0.5, *project.small))
     assert patched.code == 0 and "budgets hess" in patched.said[0] and "sparsity 0.5000" in patched.said[0]
+
+
+def test_a_program_that_uses_the_plugin_itself(project: Programs) -> None:
+    """torch is then imported in the middle of an import of the plugin."""
+    project.write(
+        "uses.py",
+        "from hess_plugin import patch\nimport torch\nfrom scenenet.net import SceneNet, images\nmodel = SceneNet()\n"
+        "with patch(model, sparsity=0.75, block_q=8, block_k=8) as handle, torch.no_grad():\n    model(images())\n"
+        "print(round(handle.report().sparsity, 2))\n",
+    )
+    patched = project.patched("uses.py", options=(*project.small, "--sparsity", 0.5))
+    assert patched.output == "0.75\n" and patched.said == [
+        "hess-patch: SceneNet was patched (adapter vggt, 4 sites) and never called."
+    ]
+
+
+def test_forked_workers_report(project: Programs) -> None:
+    """What is built and called in a worker that multiprocessing forks, which ends without exit handlers."""
+    project.write(
+        "fork.py",
+        "import multiprocessing, torch\nfrom scenenet.net import SceneNet, images\n"
+        "def work():\n    with torch.no_grad():\n        (model or SceneNet())(images())\n"
+        "import sys\nmodel = SceneNet() if sys.argv[1] == 'before' else None\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "worker.start(); worker.join(); raise SystemExit(worker.exitcode)\n",
+    )
+    for when in ("before", "within"):
+        report = project.folder / "report.json"
+        patched = project.patched("fork.py", when, options=(*project.small, "--sparsity", 0.5, "--report", report))
+        assert patched.code == 0 and "measured sparsity 0.5000" in patched.said[0]
+        assert not any("nothing was patched" in line for line in patched.said)
+        calls = [process["models"][0]["sites"][0]["calls"] for process in json.loads(report.read_text())["processes"]]
+        assert calls == ([1, 0] if when == "before" else [1])
+
+
+def test_an_empty_entry_of_the_path_is_the_current_folder(programs: Programs) -> None:
+    programs.write("here.py", "")
+    script = programs.write("scripts/program.py", "import here\nprint('found')\n")
+    variables = {"PYTHONPATH": ":/nowhere"}
+    assert programs.plain(PYTHON, script, variables=variables).output == "found\n"
+    assert programs.patched(PYTHON, script, variables=variables).output == "found\n"
+
+
+def test_a_run_inside_a_run_keeps_its_report(project: Programs) -> None:
+    inner = (
+        " ".join(shlex.quote(word) for word in project.hess_patch) + " run --report inner.json --block-q 8 --block-k 8"
+    )
+    project.write("outer.sh", f"{inner} -- {PYTHON} main.py 0 < /dev/null\n")
+    assert project.patched("bash", "outer.sh").code == 0
+    (process,) = json.loads((project.folder / "inner.json").read_text())["processes"]
+    assert process["models"][0]["class"] == "SceneNet"
+
+
+def test_hess_patch_itself_is_left_alone_by_the_variables(programs: Programs) -> None:
+    printed = programs.plain(*programs.hess_patch, "run", "--shell", "--sparsity", 0.5)
+    command = " ".join(shlex.quote(word) for word in programs.hess_patch)
+    script = programs.write("sites.sh", f'eval "$1"\n{command} sites --model demo\n')
+    ran = programs.plain("bash", script, printed.output)
+    assert ran.code == 0 and ran.said == [] and "adapter vggt claims TinyVGGT" in ran.output
+
+
+def test_it_can_be_switched_off_from_outside(project: Programs) -> None:
+    patched = project.patched("main.py", 0, variables={"HESS_AUTO_PATCH": "off"})
+    assert patched.code == 0 and patched.said == ["hess-patch: HESS_AUTO_PATCH is off: nothing will be patched."]
+    variables = {"HESS_AUTO_PATCH": "sparsity=0.9,block_q=8,block_k=8"}
+    patched = project.patched("main.py", 0, options=("--sparsity", 0.5), variables=variables)
+    assert "measured sparsity 0.5000" in patched.said[0]  # an option goes before the variable
+
+
+def test_a_sitecustomize_that_fails_stops_nothing(project: Programs) -> None:
+    project.write("site/sitecustomize.py", "raise ValueError('broken')\n")
+    variables = {"PYTHONPATH": str(project.folder / "site")}
+    patched = project.patched("main.py", 0, options=project.small, variables=variables)
+    assert patched.code == 0 and "SceneNet was patched" in patched.said[-1]
+
+
+def test_a_closed_standard_error_stops_nothing(project: Programs) -> None:
+    command = " ".join(shlex.quote(str(word)) for word in (*project.hess_patch, "run", "--", PYTHON, "main.py", 3))
+    script = project.write("closed.sh", f"{command} 2>&- < /dev/null\n")
+    assert project.plain("bash", script).code in (1, 3)  # the program itself prints on it

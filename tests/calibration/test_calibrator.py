@@ -14,7 +14,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hess_plugin import CalibrationError, PatchError, Profile, ProfileError, Scene, SceneError, hookimpl, patch
+from hess_plugin import (
+    AdapterError,
+    CalibrationError,
+    PatchError,
+    Profile,
+    ProfileError,
+    Scene,
+    SceneError,
+    hookimpl,
+    patch,
+)
 from hess_plugin.calibration import calibrator, rounds
 from hess_plugin.calibration.alignment import align
 from hess_plugin.calibration.calibrator import calibrate
@@ -224,7 +234,8 @@ def test_flags_and_modes_are_restored_whatever_happens(
     else:
         manager = get_plugin_manager(entry_points=False)
         register(manager, Failing(error), "failing")
-        with pytest.raises(type(error)):
+        # A mistake in the adapter's own lines is told as the adapter's.
+        with pytest.raises(AdapterError if isinstance(error, ZeroDivisionError) else type(error)):
             run(tiny_model, rooms[:1], adapter="failing", manager=manager)
     assert state_of(tiny_model) == before
 

@@ -8,11 +8,17 @@ def _bootstrap() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     # The program must not see this folder. PYTHONPATH keeps it, for the Pythons that the program starts.
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]
-    _import_shadowed()
+    try:
+        _import_shadowed()
+    finally:  # if that one fails, Python says so and goes on
+        _start()
+
+
+def _start() -> None:
     try:
         from hess_plugin.auto.starting import start
     except ImportError as error:
-        if os.environ.get("HESS_AUTO_PATCH_ROOT") == str(os.getpid()):  # helpers in other environments go unmentioned
+        if os.environ.get("HESS_AUTO_PATCH_ROOT") == str(os.getpid()):  # other processes go unmentioned
             sys.stderr.write(
                 f"hess-patch: nothing will be patched: {sys.executable} cannot import hess_plugin ({error}); install "
                 "it in the environment that runs the program.\n"
