@@ -97,7 +97,7 @@ def claimed_twice(kind: str, names: list[str], manager: pluggy.PluginManager) ->
     origins = getattr(manager, "origins", {})
     packages = [origins[name].package for name in names if name in origins and origins[name].package]
     out = f", or leave a package out with HESS_DISABLE_PLUGINS={packages[0]}" if packages else ""
-    claimants = " and ".join(called(manager, name).removeprefix("adapter ") for name in names)
+    claimants = " and ".join(called(manager, n).removeprefix("adapter ") if n in origins else n for n in names)
     return f"{kind} is claimed by {claimants}; choose one with adapter=NAME (--adapter NAME){out}."
 
 

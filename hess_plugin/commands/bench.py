@@ -11,7 +11,17 @@ import click
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import waiting
 
-from .options import COUNT, FILE, adapter_of, autocast_of, autocast_option, framing_of, load, model_options
+from .options import (
+    COUNT,
+    FILE,
+    adapter_of,
+    attention_options,
+    autocast_of,
+    autocast_option,
+    framing_of,
+    load,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,15 +61,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("--resolution", type=click.IntRange(min=14), help="Image size in pixels; the model's own by default.")
 @autocast_option
 @click.option("--backend", default="auto", show_default=True, help="Attention code, by name; auto chooses.")
-@click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
-@click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
-@click.option(
-    "--memory",
-    type=click.Choice(["plain", "lean"]),
-    default="plain",
-    show_default=True,
-    help="lean runs heads and attention of the patched model in chunks: less memory, the same outputs to rounding.",
-)
+@attention_options
 def bench(model: str, weights: str | None, profile: Path | None, end_to_end: bool, **options: Any) -> None:
     """Time patched against unpatched on random images, side by side on this machine.
 
@@ -72,10 +74,8 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
         raise click.UsageError(
             f"--min-views {options['min_views']} is more than --max-views {options['max_views']}; give a range."
         )
-    from hess_plugin.break_even import Conditions
-    from hess_plugin.evaluation.sizes import conclusion, timing_table
+    from hess_plugin.evaluation.sizes import timing_table
     from hess_plugin.machine import describe_machine
-    from hess_plugin.patching import patch
     from hess_plugin.plugins import get_plugin_manager
     from hess_plugin.profiles import Profile
 
@@ -88,20 +88,14 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
     how: dict[str, Any] = {name: options[name] for name in ("sparsity", "backend", "block_q", "block_k", "memory")}
     # Timing depends on the budgets of a profile, not on whose weights they were found with.
     how |= {"profile": score, "strict": False, "verdict": "ignore", "dense_below": 0}
-    with patch(loaded, **how, adapter=adapter.name, manager=adapter.manager) as handle:  # tells mistakes now
-        backend = handle.report().backend
     watch, site = _stopwatch(loaded, options), adapter.sites(loaded)[0]
-    weight = site.weight()
-    conditions = Conditions.of(weight.device, weight.dtype, backend, how["block_q"], how["block_k"], watch.autocast)
+    conditions = _conditions(adapter, loaded, site, watch, how)
     sizes = _time(_timer(adapter, loaded, site, size, watch, how, end_to_end), options, search=end_to_end)
     click.echo(timing_table(sizes.timings))
     click.echo(_protocol(site, size, watch, how, conditions, end_to_end))
     click.echo(f"machine: {describe_machine()}")
     if end_to_end:
-        entry = _entry(sizes, size, how, conditions)
-        click.echo(conclusion(entry, sizes))
-        if profile is not None:
-            _record(profile, entry)
+        _conclude(profile, sizes, _entry(sizes, size, how, conditions))
     elif profile is not None:
         click.echo("Nothing was recorded in the profile: attention alone tells no break-even, --end-to-end does.")
     if sizes.stopped is not None:
@@ -111,6 +105,17 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
             "Times are the exception to the warning above: at a fixed sparsity they do not depend on the weights (with "
             "a CDF threshold they would)."
         )
+
+
+def _conditions(adapter: Adapter, model: nn.Module, site: Site, watch: Stopwatch, how: dict[str, Any]) -> Conditions:
+    """What a break-even is recorded for; by a patch, which tells mistakes before anything is timed."""
+    from hess_plugin.break_even import Conditions
+    from hess_plugin.patching import patch
+
+    with patch(model, **how, adapter=adapter.name, manager=adapter.manager) as handle:
+        backend = handle.report().backend
+    weight = site.weight()
+    return Conditions.of(weight.device, weight.dtype, backend, how["block_q"], how["block_k"], watch.autocast)
 
 
 def _image_size(adapter: Adapter, model: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
@@ -212,6 +217,15 @@ def _entry(sizes: Sizes, size: tuple[int, int], how: dict[str, Any], conditions:
         versions={"hess_plugin": __version__, "python": platform.python_version(), "torch": torch.__version__},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _conclude(profile: Path | None, sizes: Sizes, entry: BreakEven) -> None:
+    """Say from which size on patching pays, and record it where there is a profile."""
+    from hess_plugin.evaluation.sizes import conclusion
+
+    click.echo(conclusion(entry, sizes))
+    if profile is not None:
+        _record(profile, entry)
 
 
 def _record(path: Path, entry: BreakEven) -> None:

@@ -15,6 +15,7 @@ from .options import OUTPUT, autocast_of, autocast_option, data_facts, data_opti
 
 if TYPE_CHECKING:
     from hess_plugin.calibration.ranks import Ranks
+    from hess_plugin.profiles import Profile
 
 _WITHOUT_TRUTH = (
     "ground-truth-free: errors were measured against the model's own predictions, displaced at random; no true camera "
@@ -75,6 +76,34 @@ def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | Non
 def _calibrate(
     ranks: Ranks, output: Path | None, dry_run: bool, model: str, weights: str | None, options: dict[str, Any]
 ) -> None:
+    _check_arguments(ranks, output, dry_run, options)
+    import hess_plugin
+
+    loaded, found, manager = model_and_scenes(model, weights, options)
+    how: dict[str, Any] = {name: options[name] for name in ("eps", "memory", "target")}
+    how["autocast"] = autocast_of(options["autocast"], loaded)
+    if dry_run:
+        _rehearse(ranks, loaded, found, how, options["adapter"], manager)
+        return
+    with progress_bars(shown=ranks.rank == 0) as note:
+        profile = hess_plugin.calibrate(
+            loaded,
+            found,
+            output=output,
+            camera_weight=options["camera_weight"],
+            **how,
+            metadata={"model": model, "weights": weights or "shipped", **data_facts(options)},
+            progress=lambda done, total, scene: note("calibrate", done, total, scene),
+            adapter=options["adapter"],
+            manager=manager,
+            ranks=ranks,
+        )
+    if ranks.rank == 0:
+        _tell(profile, output, weights)
+
+
+def _check_arguments(ranks: Ranks, output: Path | None, dry_run: bool, options: dict[str, Any]) -> None:
+    """Refuse what cannot be done before a large model is read."""
     if output is None and not dry_run:
         raise click.UsageError(
             "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
@@ -88,42 +117,25 @@ def _calibrate(
         )
     if output is not None and ranks.rank == 0:
         check_writable(output)
-    import hess_plugin
+
+
+def _rehearse(ranks: Ranks, model: Any, scenes: Any, how: dict[str, Any], adapter: str | None, manager: Any) -> None:
+    """Print what a calibration would take, once for all ranks."""
     from hess_plugin.calibration.measuring import Protocol
     from hess_plugin.calibration.rehearsal import rehearse
+
+    if ranks.rank == 0:
+        with waiting("estimating"):
+            text = rehearse(model, scenes, Protocol(**how), adapter, manager, processes=ranks.size)
+        click.echo(text)
+
+
+def _tell(profile: Profile, output: Path | None, weights: str | None) -> None:
     from hess_plugin.evaluation.tables import profile_summary
 
-    loaded, found, manager = model_and_scenes(model, weights, options)
-    autocast = autocast_of(options["autocast"], loaded)
-    if dry_run:
-        if ranks.rank == 0:
-            protocol = Protocol(
-                eps=options["eps"], autocast=autocast, memory=options["memory"], target=options["target"]
-            )
-            with waiting("estimating"):
-                text = rehearse(loaded, found, protocol, options["adapter"], manager, processes=ranks.size)
-            click.echo(text)
-        return
-    with progress_bars(shown=ranks.rank == 0) as note:
-        profile = hess_plugin.calibrate(
-            loaded,
-            found,
-            output=output,
-            camera_weight=options["camera_weight"],
-            eps=options["eps"],
-            autocast=autocast,
-            memory=options["memory"],
-            target=options["target"],
-            metadata={"model": model, "weights": weights or "shipped", **data_facts(options)},
-            progress=lambda done, total, scene: note("calibrate", done, total, scene),
-            adapter=options["adapter"],
-            manager=manager,
-            ranks=ranks,
-        )
-    if ranks.rank == 0:
-        click.echo(profile_summary(profile))
-        if profile.metadata["target"] == "self":
-            click.echo(_WITHOUT_TRUTH)
-        click.echo(f"wrote {output}")
-        if weights == "random":
-            warn_random()
+    click.echo(profile_summary(profile))
+    if profile.metadata["target"] == "self":
+        click.echo(_WITHOUT_TRUTH)
+    click.echo(f"wrote {output}")
+    if weights == "random":
+        warn_random()

@@ -12,7 +12,7 @@ from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
 from .measures import metric_facts, metric_options, metrics_of
-from .options import COUNT, FILE, OUTPUT, data_facts, data_options, model_and_scenes, model_options
+from .options import FILE, OUTPUT, attention_options, data_facts, data_options, model_and_scenes, model_options
 from .scoring import score_options, scoring_of
 
 if TYPE_CHECKING:
@@ -43,15 +43,7 @@ if TYPE_CHECKING:
     metavar="ALLOCATION",
     help="uniform, equal, hess, reverse, uncapped or random, several allowed; uniform, with a profile also hess.",
 )
-@click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
-@click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
-@click.option(
-    "--memory",
-    type=click.Choice(["plain", "lean"]),
-    default="plain",
-    show_default=True,
-    help="lean runs heads and attention of the patched model in chunks: less memory, the same outputs to rounding.",
-)
+@attention_options
 @metric_options
 @click.option("-o", "--output", type=OUTPUT, help="CSV of every measurement, to write.")
 def evaluate(model: str, weights: str | None, profile: Path | None, output: Path | None, **options: Any) -> None:
@@ -59,24 +51,14 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     if output is not None:
         check_writable(output, ".csv")
     from hess_plugin.evaluation.comparison import compare
-    from hess_plugin.evaluation.records import write_csv
     from hess_plugin.evaluation.statistics import failed_lines, summarise
     from hess_plugin.machine import describe_machine
-    from hess_plugin.profiles import Profile
-    from hess_plugin.scoring import Scoring, head_scores
 
     scoring = scoring_of(options)
-    if profile is None and scoring != Scoring():
-        raise click.UsageError(
-            f"a score was chosen ({scoring}), which is made of a profile, and none was given; add --profile."
-        )
-    score = None if profile is None else Profile.load(profile)
-    if score is not None:
-        head_scores(score, scoring)  # a score that cannot be made is told before a large model is read
+    score = _profile(profile, scoring)
     metrics, arms = metrics_of(options), _arms(options, score)
     loaded, found, manager = model_and_scenes(model, weights, options)
     done, total = iter(range(len(found) * len(arms))), len(found) * len(arms)
-    blocks = {name: options[name] for name in ("block_q", "block_k", "memory")}
     with progress_bars() as note:
         rows = compare(
             loaded,
@@ -88,21 +70,47 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
             adapter=options["adapter"],
             manager=manager,
             strict=not options["any_weights"],
-            **blocks,
+            **_blocks(options),
             **asdict(scoring),
         )
-    made = "" if score is None else f"score: {scoring.resolved(score)}; "
+    made = scoring if score is None else scoring.resolved(score)
     click.echo("\n".join([_text(summarise(rows), metrics), *failed_lines(rows)]))
-    click.echo(f"{len(found)} scenes; {made}{describe_machine()}.")
+    click.echo(f"{len(found)} scenes; {'' if score is None else f'score: {made}; '}{describe_machine()}.")
     if output is not None:
-        facts = {"model": model, "weights": weights or "shipped", **data_facts(options), **blocks}
-        facts |= {"profile": profile} | asdict(scoring if score is None else scoring.resolved(score))
-        facts |= {**metric_facts(options), "machine": describe_machine()}
-        facts["alignment_asked"] = facts.pop("alignment")  # beside the column that says what was done
-        write_csv(output, rows, facts)
-        click.echo(f"wrote {output}")
+        facts = {"model": model, "weights": weights or "shipped", **data_facts(options), **_blocks(options)}
+        _write(output, rows, {**facts, "profile": profile, **asdict(made), **metric_facts(options)})
     if weights == "random":
         warn_random()
+
+
+def _profile(path: Path | None, scoring: Scoring) -> Profile | None:
+    """Read the profile; a score that cannot be made of it is told before a large model is read."""
+    from hess_plugin.profiles import Profile
+    from hess_plugin.scoring import Scoring, head_scores
+
+    if path is None:
+        if scoring != Scoring():
+            raise click.UsageError(
+                f"a score was chosen ({scoring}), which is made of a profile, and none was given; add --profile."
+            )
+        return None
+    profile = Profile.load(path)
+    head_scores(profile, scoring)
+    return profile
+
+
+def _blocks(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("block_q", "block_k", "memory")}
+
+
+def _write(output: Path, rows: list[Measurement], facts: dict[str, Any]) -> None:
+    from hess_plugin.evaluation.records import write_csv
+    from hess_plugin.machine import describe_machine
+
+    facts["machine"] = describe_machine()
+    facts["alignment_asked"] = facts.pop("alignment")  # beside the column that says what was done
+    write_csv(output, rows, facts)
+    click.echo(f"wrote {output}")
 
 
 def _text(summaries: list[Summary], metrics: MetricSettings) -> str:

@@ -74,6 +74,20 @@ autocast_option = click.option(
     show_default=True,
     help="Type of the forward; auto is bfloat16 on a GPU that has it, none elsewhere.",
 )
+block_options = options(
+    click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block."),
+    click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block."),
+)
+attention_options = options(
+    block_options,
+    click.option(
+        "--memory",
+        type=click.Choice(["plain", "lean"]),
+        default="plain",
+        show_default=True,
+        help="lean runs heads and attention of the patched model in chunks: less memory, the same outputs to rounding.",
+    ),
+)
 scene_options = options(
     click.option(
         "--data",

@@ -397,7 +397,7 @@ def test_adapters_that_fail_or_quarrel_stop_nothing(
     auto = auto_patch(sparsity=0.5, **SMALL)
     assert not is_patched(SceneNet()) and Wrong.asked > 10  # asked again: it may be an odd module's fault
     assert (
-        "SceneNet was not patched: it is claimed by 'twin' and 'vggt'; choose one with adapter=NAME" in auto.refusals[0]
+        "SceneNet was not patched: it is claimed by twin and vggt; choose one with adapter=NAME" in auto.refusals[0]
     )
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("(RuntimeError: wrong in many ways), which is taken as a no; repair its hess_claim_model.")
