@@ -43,7 +43,7 @@ def hess_describe_family(model: Any) -> Family:
         camera_weight=0.5,
         # Upstream's "balanced" keeps as many tokens, but may exceed them by a row, and cuts aspects beyond 1 : 2.
         framing=Framing(model.aggregator.patch_size, 512, "area"),
-        source="lambda = 0.5, that of VGGT, which predicts cameras and depth too: no sweep was published for VGGT-Omega",
+        source="lambda = 0.5, that of VGGT: no sweep was published for VGGT-Omega, which predicts the same quantities",
         blocks=("aggregator.frame_blocks", "aggregator.inter_frame_blocks"),
         frame_heads=present("dense_head"),
         unused_heads=present("text_alignment_head"),

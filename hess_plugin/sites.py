@@ -22,11 +22,14 @@ class Projection:
     Attributes:
         parameter: name of the weight inside the site's module, for example ``"qkv.weight"``.
         start: first row of the projection in that weight; head ``h`` owns the ``head_dim`` rows
-            from ``start + h * head_dim``.
+            from ``start + h * stride``.
+        stride: rows from one head to the next; None for ``head_dim``. Where q, k and v of a head lie together
+            (``[H, 3, d]``) it is three times that.
     """
 
     parameter: str
     start: int
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,10 @@ class Site:
 
     def head_rows(self, gradient: Tensor, projection: str = "q") -> Tensor:
         """View the rows of one projection in a gradient of its weight as ``[H, d, in_features]``."""
-        start = self.projections[projection].start
-        rows = gradient[start : start + self.num_heads * self.head_dim]
-        return rows.unflatten(0, (self.num_heads, self.head_dim))
+        found = self.projections[projection]
+        stride = found.stride or self.head_dim
+        rows = gradient[found.start :].unfold(0, self.head_dim, stride)[: self.num_heads]  # [H, in_features, d]
+        return rows.movedim(-1, 1)
 
 
 def fused_site(model: nn.Module, name: str, layout_module: str, network: str = "") -> Site:

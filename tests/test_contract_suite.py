@@ -299,7 +299,8 @@ WRONG: dict[str, tuple[Hooks, str, str]] = {
                        "a forward that hess_plugin had replaced was replaced again"),
     "another tool": ({"hess_replace_attention": not_over_its_own()}, REFUSED,
                      "a forward that another tool had replaced was replaced again"),
-    "leaked": ({"hess_replace_attention": lambda site, attend: Leaking(site, attend)}, EXCEPTION, "a function mode is still on"),
+    "leaked": ({"hess_replace_attention": lambda site, attend: Leaking(site, attend)}, EXCEPTION,
+               "a function mode is still on"),
     "swallowed": ({"hess_predict": swallowing()}, EXCEPTION, "do not catch errors of the model"),
     "closure": ({"hess_replace_attention": lambda site, attend: Careless(site, attend, False)},
                 "a deepcopy of a patched model runs by itself", "build hess_replace_attention on hess_plugin.inter"),
@@ -400,7 +401,12 @@ def test_a_scene_that_is_too_small_for_its_blocks(model: Any, scene: Scene) -> N
 
 def test_a_leaked_function_mode_is_told_and_taken_away(model: Any, scene: Scene) -> None:
     plain = predict(model, scene.images).points
-    check_adapter(model, scene, manager=manager_of({"hess_replace_attention": lambda site, attend: Leaking(site, attend)}), block=8)
+    check_adapter(
+        model,
+        scene,
+        manager=manager_of({"hess_replace_attention": lambda site, attend: Leaking(site, attend)}),
+        block=8,
+    )
     assert not torch.overrides._get_current_function_mode_stack()
     assert torch.equal(predict(model, scene.images).points, plain)
 

@@ -421,6 +421,21 @@ def test_a_head_that_nobody_knows_keeps_every_layer(deep_model: TinyVGGT) -> Non
     assert len(seen) == 6 and None not in seen and len(handle.measures) == 2
 
 
+class GivesLayers(TinyVGGT):
+    """Somebody's own, which returns the layers as well."""
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        return {**super().forward(images), "layers": self.aggregator(images)[0]}
+
+
+def test_a_model_whose_own_forward_may_return_the_layers_keeps_them_all() -> None:
+    torch.manual_seed(0)
+    model = GivesLayers(TinyVGGTConfig(dim=32, num_heads=4, depth=6, stem=16, camera_depth=1)).eval()
+    with torch.no_grad(), patch(model, sparsity=0.0, memory="lean") as handle:
+        layers = model(images_of(2))["layers"]
+    assert len(layers) == 6 and all(isinstance(layer, Tensor) for layer in layers) and len(handle.measures) == 2
+
+
 class Layered(nn.Module):
     """Joins layers as `join` says: what a model may do otherwise than is expected."""
 

@@ -18,8 +18,10 @@ from .scoring import score_options, scoring_of
 if TYPE_CHECKING:
     from hess_plugin.evaluation.arms import Arm
     from hess_plugin.evaluation.metrics import MetricSettings
+    from hess_plugin.evaluation.records import Measurement
     from hess_plugin.evaluation.statistics import Summary
     from hess_plugin.profiles import Profile
+    from hess_plugin.scoring import Scoring
 
 
 @click.command(short_help="Measure cameras and points, unpatched and patched.")

@@ -66,7 +66,9 @@ def _layers_problem(family: Family, modules: Mapping[str, nn.Module]) -> str | N
         return f"Family(joined_layers={layers!r}) does not fit; give a JoinedLayers with two lists of blocks"
     missing = [name for name in (layers.module, *layers.blocks) if name not in modules]
     if missing:
-        return f"Family(joined_layers=...) names {missing[0]!r}, which the model does not have; see model.named_modules()"
+        return (
+            f"Family(joined_layers=...) names {missing[0]!r}, which the model does not have; see model.named_modules()"
+        )
     counts = [len(list(modules[name].children())) for name in layers.blocks]
     if counts[0] != counts[1]:
         return f"Family(joined_layers=...) joins {counts[0]} blocks with {counts[1]}; name two lists of equal length"
