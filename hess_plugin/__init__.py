@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .adapting import Family as Family
     from .adapting import JoinedLayers as JoinedLayers
     from .adapting import Replacement as Replacement
-    from .auto.patcher import auto_patch as auto_patch
+    from .auto.beginning import auto_patch as auto_patch
     from .calibration.calibrator import calibrate as calibrate
     from .calibration.errors import Errors as Errors
     from .calibration.errors import scene_errors as scene_errors
@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from .sites import fused_site as fused_site
 
 _HOME = {
-    "auto.patcher": ("auto_patch",),
+    "auto.beginning": ("auto_patch",),
     "adapting": ("Adapter", "Family", "JoinedLayers", "Replacement"),
     "calibration.calibrator": ("calibrate",),
     "calibration.errors": ("Errors", "scene_errors"),

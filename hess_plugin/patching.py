@@ -24,12 +24,9 @@ from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
 from .scoring import Scoring, head_scores
-from .settings import Settings
+from .settings import check_unfit, make_settings
 from .sites import Site
 from .wrappers import unwrapped
-
-DEFAULT_SPARSITY = 0.73
-UNFIT = ("raise", "dense")
 
 
 def patch(
@@ -182,45 +179,6 @@ def patch(
             handle.measures = make_lean(model, chosen.family(model), sites, undo)
         handle._undo = undo.pop_all()
     return handle
-
-
-def make_settings(
-    *,
-    guided: bool,
-    sparsity: float | None = None,
-    sparse_ratio: float | None = None,
-    cdf_threshold: float | None = None,
-    allocation: str | None = None,
-    **others: Any,
-) -> Settings:
-    """Fill in what `patch` takes by default.
-
-    Args:
-        guided: whether a profile is given.
-        sparsity: as in `patch`.
-        sparse_ratio: as in `patch`.
-        cdf_threshold: as in `patch`.
-        allocation: as in `patch`.
-        **others: further fields of `Settings`.
-
-    Raises:
-        PatchError: a setting is out of range.
-    """
-    if sparsity is None and sparse_ratio is None and cdf_threshold is None:
-        sparsity = DEFAULT_SPARSITY
-    if allocation is None:
-        allocation = "hess" if guided else "uniform"
-    return Settings(sparsity, sparse_ratio, cdf_threshold, allocation, **others)
-
-
-def check_unfit(unfit: str) -> None:
-    """Refuse what is not one of `UNFIT`.
-
-    Raises:
-        PatchError: it is not.
-    """
-    if unfit not in UNFIT:
-        raise PatchError(f"unfit is {unfit!r}, wanted one of {', '.join(UNFIT)}.")
 
 
 def unpatch(model: nn.Module) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 from . import sparsity
 from .block_order import BLOCK_ORDERS
 from .exceptions import PatchError
 
 MEMORY = ("plain", "lean")
+DEFAULT_SPARSITY = 0.73
+UNFIT = ("raise", "dense")
 ALLOCATIONS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
 
 
@@ -80,6 +83,45 @@ class Settings:
     def keeps_all(self) -> bool:
         """Whether the rule drops nothing, whatever the input."""
         return self.sparsity == 0.0 or self.sparse_ratio == 0.0 or (self.cdf_threshold or 0.0) >= 1.0
+
+
+def make_settings(
+    *,
+    guided: bool,
+    sparsity: float | None = None,
+    sparse_ratio: float | None = None,
+    cdf_threshold: float | None = None,
+    allocation: str | None = None,
+    **others: Any,
+) -> Settings:
+    """Fill in what `patch` takes by default.
+
+    Args:
+        guided: whether a profile is given.
+        sparsity: as in `patch`.
+        sparse_ratio: as in `patch`.
+        cdf_threshold: as in `patch`.
+        allocation: as in `patch`.
+        **others: further fields of `Settings`.
+
+    Raises:
+        PatchError: a setting is out of range.
+    """
+    if sparsity is None and sparse_ratio is None and cdf_threshold is None:
+        sparsity = DEFAULT_SPARSITY
+    if allocation is None:
+        allocation = "hess" if guided else "uniform"
+    return Settings(sparsity, sparse_ratio, cdf_threshold, allocation, **others)
+
+
+def check_unfit(unfit: str) -> None:
+    """Refuse what is not one of `UNFIT`.
+
+    Raises:
+        PatchError: it is not.
+    """
+    if unfit not in UNFIT:
+        raise PatchError(f"unfit is {unfit!r}, wanted one of {', '.join(UNFIT)}.")
 
 
 def _is_number(value: object) -> bool:

@@ -44,9 +44,9 @@ class Start:
             return
         self._end()
         try:
-            from . import patcher
+            from . import beginning
 
-            self.made = patcher.begin(None, dict(self.options), record=self.record, spoken=("patched",))
+            self.made = beginning.begin(None, dict(self.options), record=self.record, spoken=("patched",))
             self.made.built(module)
         except Exception as error:  # the program goes on, whatever it is
             self.failed = True

@@ -88,7 +88,7 @@ def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: A
 
     wanted = options_in_environment() | wanted  # a variable gives what the command leaves open
     if "backend" in wanted:
-        from hess_plugin.auto.patcher import check_options
+        from hess_plugin.auto.beginning import check_options
 
         check_options({"backend": wanted["backend"]}, None)
     name_files(())  # paths that the program finds from any folder

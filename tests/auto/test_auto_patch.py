@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import hess_plugin
-from hess_plugin.auto.patcher import AutoPatch, auto_patch
+from hess_plugin.auto.beginning import auto_patch
+from hess_plugin.auto.patcher import AutoPatch
 from hess_plugin.auto.summary import describe, nothing_was_patched
 from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig, load_demo_model
 from hess_plugin.exceptions import PatchError, ProfileError, UnknownModel
@@ -396,9 +397,7 @@ def test_adapters_that_fail_or_quarrel_stop_nothing(
     monkeypatch.setattr("hess_plugin.auto.patcher.get_plugin_manager", manager)
     auto = auto_patch(sparsity=0.5, **SMALL)
     assert not is_patched(SceneNet()) and Wrong.asked > 10  # asked again: it may be an odd module's fault
-    assert (
-        "SceneNet was not patched: it is claimed by twin and vggt; choose one with adapter=NAME" in auto.refusals[0]
-    )
+    assert "SceneNet was not patched: it is claimed by twin and vggt; choose one with adapter=NAME" in auto.refusals[0]
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("(RuntimeError: wrong in many ways), which is taken as a no; repair its hess_claim_model.")
     assert len(said) == 2  # each is told once
