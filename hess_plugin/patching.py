@@ -103,7 +103,8 @@ def patch(
             announced): ``raise`` a `PatchError`, or answer it ``dense``, as the unpatched model does, and report it.
         memory: ``plain``, or ``lean`` for inference in less memory with the same outputs, to rounding: what nothing
             reads is not kept, and heads, blocks and attention run in chunks. It works where no gradient is recorded
-            (``torch.no_grad()`` or ``inference_mode``), and in eval mode; elsewhere everything is as in ``plain``.
+            (``torch.no_grad()`` or ``inference_mode``), and in eval mode; elsewhere everything is as in ``plain``. A
+            forward hook inside a module that runs in chunks is called once a chunk, with that piece.
         adapter: take this adapter instead of asking which one claims the model.
         manager: plugin manager; a fresh one by default.
 
