@@ -17,7 +17,7 @@ from hess_plugin.exceptions import HessError, PatchError
 from hess_plugin.handle import Patch
 from hess_plugin.interception import is_patched
 from hess_plugin.patching import patch, unpatch
-from hess_plugin.pickling import leave_out
+from hess_plugin.pickling import is_left_out, leave_out
 from hess_plugin.plugins import get_plugin_manager
 from hess_plugin.profiles import Profile
 from hess_plugin.registration.registry import Registry
@@ -114,7 +114,7 @@ class AutoPatch:
         for found in self.models:
             found.patch.remove()
         for copy in list(self._copies):
-            unpatch(copy)
+            _unpatch(weakref.ref(copy))
 
     def __repr__(self) -> str:
         state = "active" if self.active else "removed" if self._spoken else "off"
@@ -188,7 +188,7 @@ def _told(error: Exception) -> str:
 
 def _unpatch(known: weakref.ref[nn.Module]) -> None:
     model = known()
-    if model is not None:
+    if model is not None and is_left_out(model):  # else the program has patched it anew
         unpatch(model)
 
 

@@ -363,6 +363,9 @@ def test_a_patch_that_the_program_asks_for_goes_first() -> None:
             hess_plugin.patch(model)
     assert handle.report().sparsity == pytest.approx(0.75, abs=0.01) and not is_patched(model)
     assert describe(auto.models[0]).endswith("and never called.")
+    with hess_plugin.patch(model, sparsity=0.75, **SMALL):
+        auto.remove()
+        assert is_patched(model)
 
 
 def test_of_two_the_first_patches_and_the_second_says_nothing_false(capsys: pytest.CaptureFixture[str]) -> None:
