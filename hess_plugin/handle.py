@@ -88,7 +88,7 @@ class Patch(Handle):
         return any(site.calls or site.unfit_calls for site in self.report().sites)
 
     def reset(self) -> None:
-        """Forget what was counted so far."""
+        """Forget, in a forked process, what its parent counted."""
         for tally in self._tallies:
             tally.reset()
 

@@ -133,10 +133,12 @@ class Tally:
     def sparse(self, kept: Tensor, pairs: int, special: int) -> None:
         """Count one sparse call that kept `kept` ``[H]`` patch-block pairs of `pairs` a head."""
         with self._lock:
-            # An ordinary tensor also under inference_mode, where a new one could not be updated later outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                before = torch.zeros_like(kept) if self._kept is None else self._kept.to(kept.device)
-                self._kept = before + kept
+            if self._kept is None or self._kept.device != kept.device:
+                # An ordinary tensor also under inference_mode: a new one could not be updated outside of it later.
+                with torch.inference_mode(False):
+                    before = torch.zeros_like(kept) if self._kept is None else self._kept
+                    self._kept = before.to(kept.device)
+            self._kept += kept
             self._total += pairs
             self._special += special
 
@@ -177,11 +179,11 @@ class Tally:
         self._events.clear()
 
     def reset(self) -> None:
-        """Forget what was counted."""
-        with self._lock:
-            self._calls = self._dense_calls = self._total = self._special = self._kept_dense = self._unfit_calls = 0
-            self._seconds, self._unfit, self._kept = 0.0, None, None
-            self._events.clear()
+        """Forget, in a forked process, what its parent counted."""
+        # A thread that is not in this process may hold the old lock, and what lies on a device is the parent's to free.
+        self._lock, self._of_parent = threading.Lock(), (self._events, self._kept)
+        self._calls = self._dense_calls = self._total = self._special = self._kept_dense = self._unfit_calls = 0
+        self._seconds, self._unfit, self._kept, self._events = 0.0, None, None, []
 
     def report(self) -> SiteReport:
         """Read the counts."""

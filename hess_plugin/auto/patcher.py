@@ -95,7 +95,8 @@ class AutoPatch:
 
     def _in_worker(self) -> None:
         """Begin to count anew in a forked worker, which speaks of what happens in it alone."""
-        self._process, self._inherited = os.getpid(), len(self.models)
+        self._process, self._inherited, self.refusals = os.getpid(), len(self.models), []
+        self._spoken = tuple(word for word in self._spoken if word != "nothing")
         for found in self.models:
             found.patch.reset()
         util.Finalize(None, self._finish, exitpriority=0)

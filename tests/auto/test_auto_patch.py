@@ -445,6 +445,21 @@ def test_the_environment_gives_what_the_call_leaves_open(monkeypatch: pytest.Mon
     assert not off.active and not is_patched(SceneNet())
 
 
+def test_a_forked_worker_counts_anew_whatever_the_parent_was_doing() -> None:
+    """Also where a thread of the parent held the counters; refusals and silence are the parent's to tell."""
+    auto = auto_patch(sparsity=0.5, **SMALL)
+    model = SceneNet()
+    run(model)
+    auto.refusals.append("Other was not patched: told by the parent.")
+    for tally in auto.models[0].patch._tallies:
+        tally._lock.acquire()
+    auto._in_worker()
+    assert auto.used() == [] and auto.refusals == [] and not auto.models[0].patch.was_called()
+    run(model)
+    assert [site.calls for site in auto.used()[0].patch.report().sites] == [1, 1]
+    assert auto.models[0].patch.report().sparsity == pytest.approx(0.5)
+
+
 def test_why_nothing_was_patched(demo_profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     auto = auto_patch(demo_profile, **SMALL)
     model = TinyVGGT()
