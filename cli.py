@@ -12,6 +12,7 @@ from hess_plugin.commands.calibration import calibrate
 from hess_plugin.commands.checking import check
 from hess_plugin.commands.completion import completion
 from hess_plugin.commands.demo import demo
+from hess_plugin.commands.doctor import doctor
 from hess_plugin.commands.evaluation import evaluate
 from hess_plugin.commands.models import plugins, sites
 from hess_plugin.commands.plugin_option import plugin_option, with_plugins
@@ -45,6 +46,7 @@ for _command in (
     sweep,
     report,
     bench,
+    doctor,
     run,
     sites,
     plugins,

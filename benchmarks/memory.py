@@ -43,6 +43,7 @@ from hess_plugin.demo.model import load_demo_model
 from hess_plugin.machine import describe_machine
 from hess_plugin.plugins import load_model
 from hess_plugin_cuda import Backend, BlockLists, register_backend
+from hess_plugin_cuda.reference import reference_backward
 
 SPARSITY = 0.73
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -92,7 +93,7 @@ def size_section(args: argparse.Namespace) -> list[str]:
         "| model | layers kept | views | unpatched | plain | lean | lean / unpatched |",
         "|---|---|---|---|---|---|---|",
     ]
-    register_backend(Backend("output-only", -1, _output_only))
+    register_backend(Backend("output-only", -1, _output_only, reference_backward))
     for name, model in _models(args):
         for views in args.views:
             peaks = {way: _counted(model, (views, args.side), how) / 1e9 for way, how in WAYS.items()}
@@ -150,9 +151,11 @@ def _counted(model: nn.Module, size: tuple[int, int], how: dict[str, Any] | None
     return memory.peak
 
 
-def _output_only(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def _output_only(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
     """What a fused kernel allocates."""
-    return torch.empty_like(q)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ class SiteAttention:
         cap = self.site.num_heads * plan.pairs
         if plan.layout.patch_tokens < settings.dense_below:
             return  # dense because it is asked for
-        reached = 0.0 if plan.dense else 1.0 - plan.kept / cap
+        reached = 0.0 if plan.dense and not plan.spared else 1.0 - (plan.kept - plan.spared) / cap
         asked = None if settings.allocation == "uncapped" else settings.sparsity  # uncapped loses surplus by design
         if asked is not None and abs(asked - reached) > _TOLD_SHORTFALL:
             _log.warning(

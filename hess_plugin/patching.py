@@ -24,7 +24,7 @@ from .plans import Layouts
 from .plugins import resolve_adapter
 from .profiles import Profile, weights_fingerprint
 from .scoring import Scoring, head_scores
-from .settings import check_unfit, make_settings
+from .settings import DENSE_FROM, check_unfit, make_settings
 from .sites import Site
 from .wrappers import unwrapped
 
@@ -51,6 +51,7 @@ def patch(
     strict: bool = True,
     verdict: str = "follow",
     dense_below: int | None = None,
+    dense_from: float = DENSE_FROM,
     unfit: str = "raise",
     memory: str = "plain",
     adapter: str | None = None,
@@ -99,6 +100,8 @@ def patch(
             None takes what `hess-patch bench` recorded in the profile for the machine and device that the model runs
             on, backend, block sizes and about this sparsity, or no limit where nothing was; 0 never takes the dense
             path for being short.
+        dense_from: on a GPU, heads whose budget keeps at least this share of their pairs keep all of them, by a dense
+            kernel, which is no slower there; the report counts what is kept. 1 leaves budgets as they are.
         unfit: what to do with an attention call that cannot be made sparse (masked, causal, of tokens that no forward
             announced): ``raise`` a `PatchError`, or answer it ``dense``, as the unpatched model does, and report it.
         memory: ``plain``, or ``lean`` for inference in less memory with the same outputs, to rounding: what nothing
@@ -132,6 +135,7 @@ def patch(
         block_order=block_order,
         dense_below=0 if dense_below is None else dense_below,
         memory=memory,
+        dense_from=dense_from,
     )
     allocation = settings.allocation
     check_unfit(unfit)

@@ -45,6 +45,7 @@ class Place:
         Raises:
             PatchError: the backend asked for does not exist or cannot run there.
         """
+        patching = device is None
         if device is None:
             weight = site.tensor()
             device, self._dtype = weight.device, weight.dtype
@@ -55,15 +56,31 @@ class Place:
         if device.type == "meta" and self.settings.backend in ("auto", *hess_plugin_cuda.available_backends()):
             return self.settings  # weights are still to come
         try:
-            self.backend = hess_plugin_cuda.resolve_backend(
-                self.settings.backend, device=device, dtype=self._dtype, head_dim=site.head_dim
-            )
+            self.backend = hess_plugin_cuda.resolve_backend(self.settings.backend, self._problem(site, device))
         except (ValueError, RuntimeError) as error:
+            if patching and self._may_run_later(site):
+                return self.settings
             raise PatchError(str(error)) from error
         if self._profile is not None:
             limit = self._limit(self._profile, device)
             self.settings = replace(self.settings, dense_below=limit)
         return self.settings
+
+    def _problem(self, site: Site, device: torch.device, dtype: torch.dtype | None = None) -> hess_plugin_cuda.Problem:
+        """What attention is asked for where a site runs, in the type that autocast makes of its weights'."""
+        kind = device.type
+        if dtype is None:
+            low = torch.is_autocast_enabled(kind) and self._dtype != torch.float64
+            dtype = torch.get_autocast_dtype(kind) if low else self._dtype
+        return hess_plugin_cuda.Problem(device, dtype, site.head_dim, self.settings.block_q, self.settings.block_k)
+
+    def _may_run_later(self, site: Site) -> bool:
+        """Whether the backend asked for runs on the graphics card, to which a model is moved once it is built."""
+        if not torch.cuda.is_available():
+            return False
+        device = torch.device("cuda", torch.cuda.current_device())
+        problems = [self._problem(site, device, dtype) for dtype in (self._dtype, torch.bfloat16, torch.float16)]
+        return any(self.settings.backend in hess_plugin_cuda.available_backends(problem) for problem in problems)
 
     def _limit(self, profile: Profile, device: torch.device) -> int:
         """Patch tokens below which the dense path was found to be the faster one; 0 where nothing is known."""

@@ -100,6 +100,7 @@ class Plan:
         budgets: kept pairs of every head ``[H]`` int64 when the settings alone decide them, else None.
         head_budgets: `budgets` as Python integers, so that nothing waits for the device; empty where it is None.
         weights: shares of the heads ``[H]`` on that device, or None for the rule's own counts.
+        spared: pairs that are kept beyond the budgets, by heads that a GPU computes dense.
     """
 
     layout: TokenLayout
@@ -110,6 +111,7 @@ class Plan:
     budgets: Tensor | None
     head_budgets: tuple[int, ...]
     weights: Tensor | None
+    spared: int = 0
 
     @property
     def kept(self) -> int:
@@ -137,7 +139,7 @@ def make_plan(
     rows = math.ceil(layout.patch_tokens / settings.block_q)
     columns = math.ceil(layout.patch_tokens / settings.block_k)
     asked = settings.keeps_all or layout.patch_tokens < settings.dense_below
-    dense, budgets = asked or columns <= settings.minimum, None
+    dense, budgets, spared = asked or columns <= settings.minimum, None, 0
     # See Layouts.order: not inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         moved = None if weights is None else weights.to(device)
@@ -147,6 +149,9 @@ def make_plan(
         with torch.inference_mode(False), torch.no_grad():
             shares = torch.ones(heads, dtype=torch.float64, device="cpu") if weights is None else weights
             budgets = allocate(total, shares, settings, rows, columns)
+            if device.type == "cuda":
+                budgets, spared = _with_dense_heads(budgets, rows * columns, settings.dense_from)
+                dense = dense or int(budgets.min()) == rows * columns
     return Plan(
         layout=layout,
         rows=rows,
@@ -156,7 +161,17 @@ def make_plan(
         budgets=None if budgets is None else budgets.to(device),
         head_budgets=() if budgets is None else tuple(budgets.tolist()),
         weights=moved,
+        spared=spared,
     )
+
+
+def _with_dense_heads(budgets: Tensor, pairs: int, share: float) -> tuple[Tensor, int]:
+    """Let heads that keep at least a share of their pairs keep all of them, and count what that adds.
+
+    A GPU's dense kernels are faster a pair than its block-sparse ones, so that leaving out so little saves no time.
+    """
+    raised = torch.where(budgets >= share * pairs, pairs, budgets)
+    return raised, int((raised - budgets).sum())
 
 
 def allocate(total: int | Tensor, weights: Tensor, settings: Settings, rows: int, columns: int) -> Tensor:

@@ -12,6 +12,7 @@ from .exceptions import PatchError
 
 MEMORY = ("plain", "lean")
 DEFAULT_SPARSITY = 0.73
+DENSE_FROM = 0.8
 UNFIT = ("raise", "dense")
 ALLOCATIONS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
 
@@ -36,6 +37,7 @@ class Settings:
         block_order: order in which the patches of a frame fill blocks, a name of `BLOCK_ORDERS`.
         dense_below: patch tokens of a forward below which nothing is dropped; 0 for no such limit.
         memory: ``plain``, or ``lean`` for inference in less memory.
+        dense_from: share of its pairs from which on a head keeps all of them on a GPU; 1 for budgets as they are.
     """
 
     sparsity: float | None
@@ -51,6 +53,7 @@ class Settings:
     block_order: str = "raster"
     dense_below: int = 0
     memory: str = "plain"
+    dense_from: float = DENSE_FROM
 
     def __post_init__(self) -> None:
         rule = self.sparse_ratio is not None or self.cdf_threshold is not None
@@ -66,6 +69,8 @@ class Settings:
         tau = self.cdf_threshold
         if tau is not None and not (_is_number(tau) and 0.0 <= tau <= 1.0):
             raise PatchError(f"cdf_threshold is {tau!r}, wanted a number from 0 to 1.")
+        if not (_is_number(self.dense_from) and 0.0 < self.dense_from <= 1.0):
+            raise PatchError(f"dense_from is {self.dense_from!r}, wanted a number above 0, to 1.")
         if self.allocation not in ALLOCATIONS:
             raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
         if self.block_order not in BLOCK_ORDERS:

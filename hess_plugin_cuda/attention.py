@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import get_backend, resolve_backend
+from .backends import resolve_backend
+from .computing import Attention, problem_of
+from .dense import dense_attention
 from .lists import BlockLists
+from .operator import attention_operator
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,17 +52,23 @@ def block_sparse_attention(
     """
     _check_tensors(q, k, v)
     _check_lists(q, k, lists)
-    device = v.device.type
-    dtype = v.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    name = resolve_backend(backend, device=v.device, dtype=dtype, head_dim=q.shape[-1])
+    kind, dtype = v.device.type, v.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(device, enabled=False):
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if lists.is_full and name != "reference":  # the twin is asked for by name to be independent
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return get_backend(name).run(q, k, v, lists, scale)
+    if not torch.is_autocast_enabled(kind):
+        return _attend(q.to(dtype), k.to(dtype), v, lists, scale, backend)
+    if dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return _attend(q.to(dtype), k.to(dtype), v.to(dtype), lists, scale, backend)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, backend: str) -> Tensor:
+    if torch.compiler.is_compiling():  # it may know the lists' length as a symbol only, and records one operator
+        return attention_operator(q, k, v, lists, scale, backend)
+    if lists.is_full and resolve_backend(backend, problem_of(v, lists)) != "reference":
+        return dense_attention(q, k, v, scale)  # the twin is asked for by name to be independent
+    attended: Tensor = Attention.apply(q, k, v, lists, scale, backend)
+    return attended
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

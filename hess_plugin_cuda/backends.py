@@ -1,22 +1,55 @@
-"""The backends: which code computes attention over block lists, and where each one runs."""
+"""The backends: which code computes attention over block lists, where each one runs, and which a call gets."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .gather import gather_attention
 from .lists import BlockLists
-from .reference import reference_attention
+from .self_test import SelfTests
 
-Run = Callable[[Tensor, Tensor, Tensor, BlockLists, float], Tensor]
-Refusal = Callable[[torch.device, torch.dtype, int], "str | None"]
+_Heads = "tuple[int, ...] | None"
+Forward = Callable[[Tensor, Tensor, Tensor, BlockLists, float, _Heads], "tuple[Tensor, Tensor | None]"]
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockLists, float], "tuple[Tensor, Tensor, Tensor]"
+]
+
+CHOICE = "HESS_BACKEND"
+"""Environment variable that names the backend which "auto" stands for."""
+
+_log = logging.getLogger(__name__)
 
 
-def _runs_anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+@dataclass(frozen=True)
+class Problem:
+    """What decides whether a backend can compute an attention.
+
+    Attributes:
+        device: of the tensors.
+        dtype: of v, to which q and k are cast.
+        head_dim: width d of a head.
+        block_q: queries of a block.
+        block_k: keys of a block.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 64
+    block_q: int = 128
+    block_k: int = 64
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind}, head width {self.head_dim}, blocks of {self.block_q} x {self.block_k} on {self.device}"
+
+
+def _runs_anywhere(problem: Problem) -> str | None:
     return None
 
 
@@ -27,14 +60,21 @@ class Backend:
     Attributes:
         name: what a caller writes to get it.
         priority: "auto" takes the usable backend with the highest; below zero it is only taken by name.
-        run: computes `(q, k, v, lists, scale)` -> output like q, once the arguments have been checked.
-        refusal: says in a few words why it cannot run on `(device, dtype, head_dim)`, or None if it can.
+        forward: `(q, k, v, lists, scale, heads)` -> output like q, and the log-sum-exp of the scaled scores
+            `[B, H, N_q]`, float32, or None where it does not compute it. Given heads, it leaves all others unset.
+        backward: `(grad, q, k, v, out, lse, lists, scale)` -> gradients of q, k and v.
+        refusal: says in a few words why it cannot compute a problem, or None if it can.
+        dense_heads: heads that keep everything are better computed by a dense kernel: `forward` is given the others.
+        tested: it is made for GPUs, and its first use on one compares it with plain torch.
     """
 
     name: str
     priority: int
-    run: Run
-    refusal: Refusal = _runs_anywhere
+    forward: Forward
+    backward: Backward
+    refusal: Callable[[Problem], str | None] = _runs_anywhere
+    dense_heads: bool = False
+    tested: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "auto":
@@ -42,6 +82,7 @@ class Backend:
 
 
 _BACKENDS: dict[str, Backend] = {}
+_SELF_TESTS = SelfTests()
 
 
 def register_backend(backend: Backend) -> None:
@@ -53,48 +94,7 @@ def register_backend(backend: Backend) -> None:
     if backend.name in _BACKENDS:
         raise ValueError(f"There is a backend {backend.name!r} already; give the new one another name.")
     _BACKENDS[backend.name] = backend
-
-
-def available_backends(
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None, head_dim: int | None = None
-) -> tuple[str, ...]:
-    """Names of the backends, best first: all that exist, or those that can run on the device given.
-
-    Args:
-        device: list only what runs here; dtype and head_dim default to float32 and 64.
-        dtype: of v.
-        head_dim: width d of a head.
-    """
-    ranked = sorted(_BACKENDS.values(), key=lambda backend: -backend.priority)
-    if device is not None:
-        asked = (torch.device(device), dtype or torch.float32, head_dim or 64)
-        ranked = [backend for backend in ranked if backend.refusal(*asked) is None]
-    return tuple(backend.name for backend in ranked)
-
-
-def resolve_backend(name: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that a call will use: the named one or nothing; for "auto" the best that can run.
-
-    Raises:
-        ValueError: no backend has this name.
-        RuntimeError: the named backend cannot run here, or "auto" finds none.
-    """
-    device = torch.device(device)
-    usable = [other for other in available_backends(device, dtype, head_dim) if _BACKENDS[other].priority >= 0]
-    if name == "auto":
-        if not usable:
-            raise RuntimeError(f"No attention backend runs {dtype}, head width {head_dim} on {device}.")
-        return usable[0]
-    if name not in _BACKENDS:
-        names = ", ".join(["auto", *available_backends()])
-        raise ValueError(f"There is no attention backend {name!r}; choose one of {names}.")
-    refusal = _BACKENDS[name].refusal(device, dtype, head_dim)
-    if refusal is not None:
-        raise RuntimeError(
-            f"Backend {name!r} cannot run {dtype}, head width {head_dim} on {device}: {refusal}; "
-            f"choose auto or one of {', '.join(usable)}."
-        )
-    return name
+    _choose.cache_clear()
 
 
 def get_backend(name: str) -> Backend:
@@ -102,5 +102,61 @@ def get_backend(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-register_backend(Backend("gather", priority=10, run=gather_attention))
-register_backend(Backend("reference", priority=-1, run=reference_attention))
+def available_backends(problem: Problem | None = None) -> tuple[str, ...]:
+    """Names of the backends, best first: all that exist, or those that do not refuse a problem."""
+    ranked = sorted(_BACKENDS.values(), key=lambda backend: -backend.priority)
+    return tuple(backend.name for backend in ranked if problem is None or backend.refusal(problem) is None)
+
+
+def resolve_backend(name: str, problem: Problem) -> str:
+    """The backend that a call will use: the named one or nothing; for "auto" the best that can run.
+
+    What computes on a GPU is compared with plain torch once in a process, on a small problem. "auto" passes over a
+    backend that fails, and logs one line; it can be set by the environment variable HESS_BACKEND.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the named backend cannot run here or computes wrong results, or "auto" finds none.
+    """
+    if name == "auto":
+        name = os.environ.get(CHOICE) or "auto"
+    return _choose(name, problem)
+
+
+@functools.lru_cache(maxsize=256)  # asked by every call
+def _choose(name: str, problem: Problem) -> str:
+    if name == "auto":
+        return _best(problem)
+    if name not in _BACKENDS:
+        names = ", ".join(["auto", *available_backends()])
+        raise ValueError(f"There is no attention backend {name!r}; choose one of {names}.")
+    refusal = _BACKENDS[name].refusal(problem) or why_wrong(name, problem)
+    if refusal is not None:
+        usable = [other for other in available_backends(problem) if other != name and _BACKENDS[other].priority >= 0]
+        raise RuntimeError(
+            f"Backend {name!r} cannot run {problem}: {refusal}; choose auto or one of {', '.join(usable)}."
+        )
+    return name
+
+
+def _best(problem: Problem) -> str:
+    for name in available_backends(problem):
+        if _BACKENDS[name].priority < 0 or (_BACKENDS[name].tested and _is_emulated(problem)):
+            continue
+        wrong = why_wrong(name, problem)
+        if wrong is None:
+            _log.info("attention backend %s for %s", name, problem)
+            return name
+        _log.warning("attention backend %s is passed over for %s: %s", name, problem, wrong)
+    raise RuntimeError(f"No attention backend runs {problem}.")
+
+
+def _is_emulated(problem: Problem) -> bool:
+    """Whether kernels for GPUs would run in an interpreter, which is asked for by name."""
+    return problem.device.type == "cpu"
+
+
+def why_wrong(name: str, problem: Problem) -> str | None:
+    """What the self-test of a backend says, run once in a process: None if it is right or needs no test."""
+    backend = _BACKENDS[name]
+    return _SELF_TESTS.result(name, backend.forward, problem) if backend.tested else None

@@ -7,9 +7,8 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +17,115 @@ from torch import Tensor
 from .lists import BlockLists
 
 
-def gather_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
-    """Attention over block lists; see `block_sparse_attention` for the arguments.
+def gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None = None
+) -> tuple[Tensor, None]:
+    """Attention over block lists; see `Backend.forward`.
 
     Heads that keep everything go through one dense call, and so do the special queries. Reads the lengths of
     the lists on the host, for which it waits for a GPU several times.
     """
-    batch, heads, _, width = q.shape
     patches = lists.query_tokens
     out = _patch_queries(q[:, :, :patches], k, v, lists, scale)
     if q.shape[2] > patches:
         out = torch.cat([out, F.scaled_dot_product_attention(q[:, :, patches:], k, v, scale=scale)], 2)
-    full = (lists.counts().sum(-1) == lists.query_blocks * lists.key_blocks).flatten().nonzero()[:, 0]
+    full = _full_heads(lists)
     if full.numel():
         # Special queries once more: a head that keeps everything then rounds as one dense call for it does.
-        fq, fk, fv = (x.reshape(batch * heads, -1, width)[None, full] for x in (q, k, v))
-        dense = F.scaled_dot_product_attention(fq, fk, fv, scale=scale)
-        out = out.reshape(batch * heads, -1, width).index_copy(0, full, dense[0]).view_as(out)
-    return out
+        dense = F.scaled_dot_product_attention(*(_heads(x, full) for x in (q, k, v)), scale=scale)
+        out = out.flatten(0, 1).index_copy(0, full, dense[0]).view_as(out)
+    return out, None
+
+
+def gather_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gather_attention`, by gathering again instead of keeping every gathered key."""
+    patches = lists.query_tokens
+    total = torch.promote_types(v.dtype, torch.float32)  # a key's gradient sums over many rows
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros(k.shape, dtype=total, device=k.device), torch.zeros_like(v, dtype=total)
+    grad_k, grad_v = grad_k.contiguous(), grad_v.contiguous()
+    grad_q[:, :, :patches] = _patch_gradients(
+        grad[:, :, :patches], q[:, :, :patches], k, v, lists, scale, grad_k, grad_v
+    )
+    if q.shape[2] > patches:
+        parts = _dense_gradients(grad[:, :, patches:], q[:, :, patches:], k, v, scale)
+        grad_q[:, :, patches:] = parts[0]
+        grad_k += parts[1]
+        grad_v += parts[2]
+    full = _full_heads(lists)
+    if full.numel():
+        parts = _dense_gradients(*(_heads(x, full) for x in (grad, q, k, v)), scale)
+        for whole, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
+            item, head = full.div(lists.heads, rounding_mode="floor"), full % lists.heads
+            whole[item, head] = part[0].to(whole.dtype)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _full_heads(lists: BlockLists) -> Tensor:
+    """Heads of all items `[n]` that keep everything."""
+    return (lists.counts().sum(-1) == lists.query_blocks * lists.key_blocks).flatten().nonzero()[:, 0]
+
+
+def _heads(x: Tensor, some: Tensor) -> Tensor:
+    """Some of the heads of all items, `[1, n, N, d]` of `[B, H, N, d]`."""
+    return x.reshape(-1, *x.shape[2:])[None, some]
+
+
+def _rows(x: Tensor, lists: BlockLists) -> Tensor:
+    """Patch queries `[B, H, P, d]` by query block, `[rows, block, d]`, the last of a head filled up with zeros."""
+    block = min(lists.block_q, lists.query_tokens)
+    padded = F.pad(x, (0, 0, 0, lists.query_blocks * block - lists.query_tokens))
+    return padded.reshape(lists.rows, block, x.shape[-1])
 
 
 def _patch_queries(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
     """Patch queries `[B, H, P, d]` of the heads that drop something; the others' are left unset."""
-    batch, heads, patches, width = q.shape
-    block = min(lists.block_q, patches)
-    padded = F.pad(q, (0, 0, 0, lists.query_blocks * block - patches))
-    rows = padded.reshape(lists.rows, block, width)
-    out = _GatherRows.apply(
-        rows, k.reshape(-1, width), v.reshape(-1, width), _Gathering(lists, k.shape[2], width), scale
-    )
-    return out.view(batch, heads, -1, width)[:, :, :patches]
+    rows, width = _rows(q, lists), q.shape[-1]
+    k, v = k.reshape(-1, width), v.reshape(-1, width)
+    out = torch.empty_like(rows)
+    for some, tokens in _Gathering(lists, k.shape[0] // (lists.batch * lists.heads), width).chunks():
+        out.index_copy_(0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale))
+    return out.view(lists.batch, lists.heads, -1, width)[:, :, : lists.query_tokens]
+
+
+def _patch_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> Tensor:
+    """Gradient of patch queries `[B, H, P, d]` of the heads that drop something; adds to those of all keys."""
+    rows, flow, width = _rows(q, lists), _rows(grad, lists), q.shape[-1]
+    keys = k.shape[2]
+    k, v = k.reshape(-1, width), v.reshape(-1, width)
+    flat_k, flat_v = grad_k.view(-1, width), grad_v.view(-1, width)
+    out = torch.zeros_like(rows)
+    for some, tokens in _Gathering(lists, keys, width).chunks():
+        picked = rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens)
+        parts = _differentiate(_attend, flow.index_select(0, some), picked, scale)
+        out.index_copy_(0, some, parts[0])
+        flat_k.index_add_(0, tokens.flatten(), parts[1].flatten(0, 1).to(flat_k.dtype))
+        flat_v.index_add_(0, tokens.flatten(), parts[2].flatten(0, 1).to(flat_v.dtype))
+    return out.view(lists.batch, lists.heads, -1, width)[:, :, : lists.query_tokens]
+
+
+def _dense_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    return _differentiate(lambda *x: F.scaled_dot_product_attention(*x[:3], scale=x[3]), grad, (q, k, v), scale)
+
+
+def _differentiate(
+    function: Callable[..., Tensor], grad: Tensor, tensors: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = function(*leaves, scale)
+    return torch.autograd.grad(out, leaves, grad)
 
 
 @dataclass(frozen=True)
@@ -110,38 +188,6 @@ class _Gathering:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Dense attention of rows `[r, block, d]` over their own keys `[r, L, d]`."""
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
-
-
-class _GatherRows(torch.autograd.Function):
-    """Attention of all rows; the backward pass gathers again instead of storing every gathered key."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, k: Tensor, v: Tensor, plan: _Gathering, scale: float) -> Tensor:
-        ctx.save_for_backward(rows, k, v)
-        ctx.plan, ctx.scale = plan, scale
-        out = torch.empty_like(rows)
-        for some, tokens in plan.chunks():
-            out.index_copy_(0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale))
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, k, v = ctx.saved_tensors
-        total = torch.promote_types(k.dtype, torch.float32)  # a key's gradient sums over many rows
-        grad_rows = torch.zeros_like(rows)
-        grad_k, grad_v = torch.zeros_like(k, dtype=total), torch.zeros_like(v, dtype=total)
-        for some, tokens in ctx.plan.chunks():
-            with torch.enable_grad():
-                leaf_q = rows.index_select(0, some).detach().requires_grad_()
-                leaf_k = _pick(k, tokens).detach().requires_grad_()
-                leaf_v = _pick(v, tokens).detach().requires_grad_()
-                out = _attend(leaf_q, leaf_k, leaf_v, ctx.scale)
-            parts = torch.autograd.grad(out, (leaf_q, leaf_k, leaf_v), grad.index_select(0, some))
-            grad_rows.index_copy_(0, some, parts[0])
-            grad_k.index_add_(0, tokens.flatten(), parts[1].flatten(0, 1).to(total))
-            grad_v.index_add_(0, tokens.flatten(), parts[2].flatten(0, 1).to(total))
-        return grad_rows, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
 def _pick(x: Tensor, tokens: Tensor) -> Tensor:

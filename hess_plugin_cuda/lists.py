@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +37,9 @@ class BlockLists:
         key_tokens: patch keys of one item; tokens after them are special.
         block_q: patch queries of a query block.
         block_k: patch keys of a key block.
+        head_kept: pairs that each head keeps, the same for every item, if the host knows them; `[H]`.
+        exact: whether `col` is as long as the lists. Where it is not, no host knows their length: `col` has room for
+            every pair, and what follows entry `row_ptr[-1]` is undefined.
 
     Raises:
         TypeError: `row_ptr` or `col` is not an integer tensor of the stated type.
@@ -49,6 +54,8 @@ class BlockLists:
     key_tokens: int
     block_q: int
     block_k: int
+    head_kept: tuple[int, ...] | None = None
+    exact: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "query_tokens", "key_tokens", "block_q", "block_k"):
@@ -69,10 +76,24 @@ class BlockLists:
                 f"{self.batch} items x {self.heads} heads x {self.query_blocks} query "
                 f"blocks; got {self.row_ptr.numel()}."
             )
-        if not self.rows <= self.kept <= self.rows * self.key_blocks:
+        if not self.rows <= self.col.numel() <= self.rows * self.key_blocks:
             raise ValueError(
                 f"BlockLists needs 1 to {self.key_blocks} key blocks for each of its {self.rows} rows; "
-                f"got {self.kept} in all."
+                f"got {self.col.numel()} in all."
+            )
+        if self.head_kept is not None:
+            self._check_head_kept(self.head_kept)
+
+    def _check_head_kept(self, kept: tuple[int, ...]) -> None:
+        least, most = self.query_blocks, self.query_blocks * self.key_blocks
+        if len(kept) != self.heads or not all(least <= n <= most for n in kept):
+            raise ValueError(
+                f"BlockLists needs head_kept of {self.heads} heads, {least} to {most} pairs each; got {kept}."
+            )
+        if self.exact and sum(kept) * self.batch != self.col.numel():
+            raise ValueError(
+                f"BlockLists needs head_kept to sum to the {self.col.numel()} pairs of its {self.batch} items; "
+                f"{kept} sum to {sum(kept)} an item."
             )
 
     @property
@@ -92,8 +113,8 @@ class BlockLists:
 
     @property
     def kept(self) -> int:
-        """Kept (query block, key block) pairs over all items and heads; known without reading the device."""
-        return self.col.numel()
+        """Kept (query block, key block) pairs over all items and heads; read from the device unless `exact`."""
+        return self.col.numel() if self.exact else int(self.row_ptr[-1])
 
     @property
     def device(self) -> torch.device:
@@ -102,8 +123,8 @@ class BlockLists:
 
     @property
     def is_full(self) -> bool:
-        """Whether every pair is kept, so that the attention is dense."""
-        return self.kept == self.rows * self.key_blocks
+        """Whether every pair is kept, so that the attention is dense; False where only the device could tell."""
+        return self.exact and self.kept == self.rows * self.key_blocks
 
     def counts(self) -> Tensor:
         """Kept key blocks of each row: int64 `[B, H, T_q]`."""
@@ -122,8 +143,9 @@ class BlockLists:
     def to_mask(self) -> Tensor:
         """The lists as a table: bool `[B, H, T_q, T_k]`, True where a block is kept."""
         mask = torch.zeros(self.rows, self.key_blocks, dtype=torch.bool, device=self.device)
-        row = torch.repeat_interleave(self.row_ptr.diff(), output_size=self.kept)
-        mask[row, self.col.long()] = True
+        kept = self.kept
+        row = torch.repeat_interleave(self.row_ptr.diff(), output_size=kept)
+        mask[row, self.col[:kept].long()] = True
         return mask.view(self.batch, self.heads, self.query_blocks, self.key_blocks)
 
     @classmethod
@@ -168,8 +190,28 @@ class BlockLists:
 
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
-        sizes = (self.batch, self.heads, self.query_tokens, self.key_tokens, self.block_q, self.block_k)
-        return BlockLists(self.row_ptr.to(device), self.col.to(device), *sizes)
+        return replace(self, row_ptr=self.row_ptr.to(device), col=self.col.to(device))
+
+    def of_heads(self, heads: Sequence[int]) -> BlockLists:
+        """The lists of some heads of every item, in the order given, found without reading the device.
+
+        Raises:
+            ValueError: `head_kept` is unknown, or the lists are not `exact`.
+        """
+        kept = self.head_kept
+        if kept is None or not self.exact:
+            raise ValueError("of_heads needs lists that are exact and know head_kept.")
+        starts = [0, *itertools.accumulate(kept)]
+        row_ptr, col, before = [], [], 0
+        for item in range(self.batch):
+            for head in heads:
+                start, row = item * starts[-1] + starts[head], (item * self.heads + head) * self.query_blocks
+                row_ptr.append(self.row_ptr[row : row + self.query_blocks] + (before - start))
+                col.append(self.col[start : start + kept[head]])
+                before += kept[head]
+        row_ptr.append(self.row_ptr[-1:] + (before - self.kept))
+        own = tuple(kept[head] for head in heads)
+        return replace(self, row_ptr=torch.cat(row_ptr), col=torch.cat(col), heads=len(own), head_kept=own)
 
     def check(self) -> BlockLists:
         """Read the contents and return self, or say which rule is broken. Synchronises a GPU.
@@ -178,29 +220,35 @@ class BlockLists:
             ValueError: row_ptr does not rise by one or more from 0 to `kept`, or a row's blocks are out of
                 range, repeated or not ascending; the sentence names the first bad row.
         """
+        kept = self.kept
         ends = (int(self.row_ptr[0]), int(self.row_ptr[-1]))
-        if ends != (0, self.kept):
+        if ends != (0, kept) or kept > self.col.numel():
             raise ValueError(
-                f"row_ptr must run from 0 to {self.kept}, the length of col; it runs from {ends[0]} to {ends[1]}."
+                f"row_ptr must run from 0 to {self.col.numel()}, the length of col; "
+                f"it runs from {ends[0]} to {ends[1]}."
             )
         empty = (self.row_ptr.diff() < 1).nonzero()
         if empty.numel():
             raise ValueError(f"Every row must keep at least one key block; {self._row_name(int(empty[0]))} keeps none.")
-        bad = ((self.col < 0) | (self.col >= self.key_blocks)).nonzero()
+        col = self.col[:kept]
+        bad = ((col < 0) | (col >= self.key_blocks)).nonzero()
         if bad.numel():
             where = int(bad[0])
             raise ValueError(
-                f"Key blocks must lie in 0..{self.key_blocks - 1}; "
-                f"{self._entry_name(where)} lists {int(self.col[where])}."
+                f"Key blocks must lie in 0..{self.key_blocks - 1}; {self._entry_name(where)} lists {int(col[where])}."
             )
-        row = torch.repeat_interleave(self.row_ptr.diff(), output_size=self.kept)
-        bad = ((self.col.diff() <= 0) & (row.diff() == 0)).nonzero()
+        row = torch.repeat_interleave(self.row_ptr.diff(), output_size=kept)
+        bad = ((col.diff() <= 0) & (row.diff() == 0)).nonzero()
         if bad.numel():
             where = int(bad[0])
             raise ValueError(
                 f"Key blocks of a row must ascend without repeats; {self._entry_name(where)} lists "
-                f"{int(self.col[where])} before {int(self.col[where + 1])}."
+                f"{int(col[where])} before {int(col[where + 1])}."
             )
+        if self.head_kept is not None:
+            counted = self.counts().sum(-1).cpu()
+            if not bool((counted == torch.tensor(self.head_kept)).all()):
+                raise ValueError(f"head_kept says {self.head_kept}; the heads of the items keep {counted.tolist()}.")
         return self
 
     def _entry_name(self, entry: int) -> str:

@@ -44,3 +44,21 @@ def reference_attention(
     scores = torch.matmul(q.to(work), k.to(work).transpose(-1, -2)) * scale
     scores = scores.masked_fill(~token_mask(lists, q.shape[2], k.shape[2]), float("-inf"))
     return torch.matmul(scores.softmax(-1), v.to(work)).to(dtype or v.dtype)
+
+
+def reference_forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None = None
+) -> tuple[Tensor, None]:
+    """`reference_attention` as a backend; see `Backend.forward`."""
+    return reference_attention(q, k, v, lists, scale), None
+
+
+def reference_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, by autograd."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        again = reference_attention(leaves[0], leaves[1], leaves[2], lists, scale)
+    grads = torch.autograd.grad(again, leaves, grad)
+    return grads[0], grads[1], grads[2]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hess_plugin import plans
 from hess_plugin.break_even import BreakEven, Conditions, Timing
 from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.exceptions import PatchError
@@ -19,7 +20,7 @@ from hess_plugin.profiles import Profile
 from hess_plugin.recorded_break_evens import record_break_even
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.settings import Settings
-from hess_plugin_cuda import backends
+from hess_plugin_cuda import Problem, backends
 
 SMALL: dict[str, Any] = {"block_q": 8, "block_k": 8}
 
@@ -108,9 +109,70 @@ def test_a_backend_that_cannot_run_there_is_told_in_the_first_forward(
 ) -> None:
     """Moved to a device that the backend asked for does not know."""
     refusals: list[str | None] = [None]
-    only = replace(backends.get_backend("gather"), name="only", refusal=lambda device, dtype, width: refusals[-1])
+    only = replace(backends.get_backend("gather"), name="only", refusal=lambda problem: refusals[-1])
     monkeypatch.setitem(backends._BACKENDS, "only", only)
     with patch(tiny_model, sparsity=0.5, backend="only", **SMALL), torch.no_grad():
         refusals.append("it has no such kernel")
-        with pytest.raises(PatchError, match=r"Backend 'only' cannot run torch.float32, .* it has no such kernel"):
+        backends._choose.cache_clear()  # as another device would be another question
+        with pytest.raises(PatchError, match=r"Backend 'only' cannot run float32, .* it has no such kernel"):
             tiny_model(images(8, torch.float32))
+
+
+def test_a_backend_of_the_graphics_card_may_be_named_before_the_model_is_moved_there(
+    tiny_model: TinyVGGT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is built on the CPU, patched, and moved; a backend for halves may be named where autocast makes them."""
+
+    def refusal(problem: Problem) -> str | None:
+        on_card = problem.device.type == "cuda" and problem.dtype == torch.bfloat16
+        return None if on_card else "it runs in bfloat16 on a graphics card"
+
+    card = replace(backends.get_backend("gather"), name="card", refusal=refusal)
+    monkeypatch.setitem(backends._BACKENDS, "card", card)
+    with pytest.raises(
+        PatchError, match=r"'card' cannot run float32, .* on cpu: it runs in bfloat16 on a graphics card"
+    ):
+        patch(tiny_model, sparsity=0.5, backend="card", **SMALL)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with (
+        patch(tiny_model, sparsity=0.5, backend="card", **SMALL),
+        torch.no_grad(),
+        pytest.raises(PatchError, match=r"'card' cannot run float32, .* on cpu"),
+    ):
+        tiny_model(images(8, torch.float32))  # it was not moved
+    with pytest.raises(PatchError, match="no attention backend 'cart'"):
+        patch(tiny_model, sparsity=0.5, backend="cart", **SMALL)
+
+
+def test_under_autocast_the_backend_is_asked_for_its_type(
+    tiny_model: TinyVGGT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refusal(problem: Problem) -> str | None:
+        asked.append(problem.dtype)
+        return None
+
+    monkeypatch.setitem(
+        backends._BACKENDS, "asked", replace(backends.get_backend("gather"), name="asked", refusal=refusal)
+    )
+    place = Place(Settings(0.5, None, None, "uniform", backend="asked", **SMALL), None)
+    (site, *_) = resolve_adapter(tiny_model).sites(tiny_model)
+    place.settle(site)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        place.settle(site, torch.device("cpu"))
+    assert asked == [torch.float32, torch.bfloat16]
+
+
+def test_heads_that_keep_nearly_everything_keep_all_of_it_on_a_graphics_card() -> None:
+    budgets = torch.tensor([40, 79, 80, 99, 100])
+    raised, spared = plans._with_dense_heads(budgets, 100, 0.8)
+    assert raised.tolist() == [40, 79, 100, 100, 100] and spared == 21
+    assert plans._with_dense_heads(budgets, 100, 1.0)[0].equal(budgets)
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "most", None])
+def test_a_share_from_which_heads_are_dense_lies_in_range(share: Any) -> None:
+    with pytest.raises(PatchError, match="dense_from is"):
+        Settings(0.5, None, None, "uniform", dense_from=share)

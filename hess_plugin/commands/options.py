@@ -44,6 +44,9 @@ def _models(context: click.Context, parameter: click.Parameter, begun: str) -> l
     return [name for name in MODELS if name.startswith(begun)]
 
 
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
+)
 model_options = options(
     click.option(
         "--model",
@@ -62,9 +65,7 @@ model_options = options(
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Checkout of the model's code, if it is not importable already.",
     ),
-    click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if any."
-    ),
+    device_option,
     click.option("--adapter", metavar="NAME", help="Adapter to use, where more than one claims the model."),
 )
 autocast_option = click.option(
@@ -160,12 +161,7 @@ def load(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     if options["repo"] is not None:
         # The user's own checkout, asked for by name: first on the path, as if run from there.
         sys.path.insert(0, str(options["repo"].resolve()))
-    device = _own_device(options["device"])
-    try:
-        chosen = torch.device(device)
-        torch.ones(1, device=chosen).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise click.UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
+    chosen = device_of(options["device"])
     with waiting(f"loading {name}"):
         model = load_model(name, weights, device=chosen, dtype=torch.float32)
     if weights == "random":
@@ -181,6 +177,19 @@ def autocast_of(choice: str, model: nn.Module) -> torch.dtype | None:
         on_gpu = next(model.parameters()).device.type == "cuda"
         choice = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "none"
     return torch.bfloat16 if choice == "bfloat16" else None
+
+
+def device_of(given: str) -> torch.device:
+    """The device meant by --device, which has to be there."""
+    import torch
+
+    name = _own_device(given)
+    try:
+        chosen = torch.device(name)
+        torch.ones(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise click.UsageError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}).") from error
+    return chosen
 
 
 def _own_device(given: str) -> str:

@@ -1,55 +1,103 @@
-"""Backends are chosen by what can run; a named one runs or raises."""
+"""Backends are chosen by what can run and computes rightly; a named one runs or raises."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from hess_plugin_cuda import Backend, available_backends, backends, register_backend, resolve_backend
+from hess_plugin_cuda import (
+    Backend,
+    BlockLists,
+    Problem,
+    available_backends,
+    backends,
+    block_sparse_attention,
+    register_backend,
+    resolve_backend,
+)
+from hess_plugin_cuda.gather import gather_attention, gather_backward
+from hess_plugin_cuda.reference import reference_forward
+from hess_plugin_cuda.self_test import SelfTests
 
-HERE = {"device": "cpu", "dtype": torch.float32, "head_dim": 64}
+HERE = Problem(torch.device("cpu"), torch.float32)
+THERE = Problem(torch.device("meta"), torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
+    few = {name: backends._BACKENDS[name] for name in ("gather", "reference")}
+    monkeypatch.setattr(backends, "_BACKENDS", few)
+    monkeypatch.setattr(backends, "_SELF_TESTS", SelfTests())
+    monkeypatch.delenv(backends.CHOICE, raising=False)
+    backends._choose.cache_clear()
     yield
+    backends._choose.cache_clear()
 
 
-def halves_only(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return None if dtype in (torch.float16, torch.bfloat16) else "it computes in half precision"
+def halves_only(problem: Problem) -> str | None:
+    return None if problem.dtype in (torch.float16, torch.bfloat16) else "it computes in half precision"
 
 
 def fast() -> Backend:
-    return Backend("fast", 100, backends.gather_attention, halves_only)
+    return Backend("fast", 100, gather_attention, gather_backward, halves_only)
+
+
+def with_a_test(name: str, forward: backends.Forward) -> Backend:
+    """A backend that claims to run anywhere, with a self-test."""
+    return Backend(name, 50, forward, gather_backward, tested=True)
+
+
+def wrong(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+) -> tuple[Tensor, None]:
+    return gather_attention(q, k, v, lists, scale)[0] * 1.01, None
+
+
+def broken(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+) -> tuple[Tensor, None]:
+    raise OSError("no kernel image is available\nfor execution on the device")
 
 
 def test_gather_is_the_choice_on_a_cpu() -> None:
-    assert resolve_backend("auto", **HERE) == "gather"
-    assert available_backends("cpu") == ("gather", "reference")
+    assert resolve_backend("auto", HERE) == "gather"
+    assert available_backends(HERE) == ("gather", "reference")
 
 
 def test_auto_takes_the_best_that_can_run() -> None:
     register_backend(fast())
     assert available_backends() == ("fast", "gather", "reference")
-    assert resolve_backend("auto", **HERE) == "gather"
-    assert resolve_backend("auto", device="cpu", dtype=torch.bfloat16, head_dim=64) == "fast"
-    assert available_backends("cpu", torch.bfloat16) == ("fast", "gather", "reference")
+    assert resolve_backend("auto", HERE) == "gather"
+    half = replace(HERE, dtype=torch.bfloat16)
+    assert resolve_backend("auto", half) == "fast"
+    assert available_backends(half) == ("fast", "gather", "reference")
+
+
+def test_a_new_backend_is_seen_by_calls_of_before() -> None:
+    half = replace(HERE, dtype=torch.bfloat16)
+    assert resolve_backend("auto", half) == "gather"
+    register_backend(fast())
+    assert resolve_backend("auto", half) == "fast"
 
 
 def test_a_named_backend_that_cannot_run_raises_and_says_why() -> None:
     register_backend(fast())
     with pytest.raises(
-        RuntimeError, match=r"'fast' cannot run torch.float32.*half precision; choose auto or one of gather"
+        RuntimeError,
+        match=r"'fast' cannot run float32, head width 64, blocks of 128 x 64 on cpu: it computes in half precision; "
+        r"choose auto or one of gather\.",
     ):
-        resolve_backend("fast", **HERE)
+        resolve_backend("fast", HERE)
 
 
 def test_unknown_names_list_what_exists() -> None:
     with pytest.raises(ValueError, match="'flash'; choose one of auto, gather, reference"):
-        resolve_backend("flash", **HERE)
+        resolve_backend("flash", HERE)
 
 
 def test_names_are_taken_once() -> None:
@@ -57,10 +105,101 @@ def test_names_are_taken_once() -> None:
     with pytest.raises(ValueError, match="'fast' already"):
         register_backend(fast())
     with pytest.raises(ValueError, match="a name of its own"):
-        Backend("auto", 0, backends.gather_attention)
+        Backend("auto", 0, gather_attention, gather_backward)
 
 
 def test_auto_never_falls_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_BACKENDS", {"reference": backends._BACKENDS["reference"]})
-    with pytest.raises(RuntimeError, match="No attention backend runs"):
-        resolve_backend("auto", **HERE)
+    with pytest.raises(RuntimeError, match="No attention backend runs float32"):
+        resolve_backend("auto", HERE)
+
+
+def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.CHOICE, "reference")
+    assert resolve_backend("auto", HERE) == "reference"
+    assert resolve_backend("gather", HERE) == "gather"  # what a caller names goes before
+    monkeypatch.setenv(backends.CHOICE, "flash")
+    with pytest.raises(ValueError, match="'flash'; choose one of auto"):
+        resolve_backend("auto", HERE)
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [(wrong, r"its self-test is off by \S+ where \S+ is allowed"),
+     (broken, "its self-test failed with OSError: no kernel image is available")],
+)  # fmt: skip
+def test_a_backend_that_fails_its_test_is_passed_over_with_one_line_or_refused(
+    forward: backends.Forward, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_backend(with_a_test("new", forward))
+    assert backends.why_wrong("gather", HERE) is None
+    with pytest.raises(RuntimeError, match=says):
+        resolve_backend("new", HERE)
+    # On a graphics card "auto" would take it; here it may be told apart by the device's name alone.
+    monkeypatch.setattr(backends, "_is_emulated", lambda problem: False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert resolve_backend("auto", HERE) == "gather"
+    (record,) = caplog.records
+    assert "backend new is passed over for float32" in record.message
+
+
+def test_a_backend_that_computes_rightly_passes_whatever_mode_the_caller_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def counted(q: Tensor, *others: object) -> tuple[Tensor, None]:
+        runs.append(q.dtype)
+        return reference_forward(q, *others)  # type: ignore[arg-type]
+
+    register_backend(with_a_test("new", counted))
+    monkeypatch.setattr(backends, "_is_emulated", lambda problem: False)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert resolve_backend("auto", HERE) == "new"
+    assert resolve_backend("new", HERE) == "new"
+    assert runs == [torch.float32]  # once in a process
+    assert resolve_backend("auto", replace(HERE, dtype=torch.float16, head_dim=48, block_q=40, block_k=24)) == "new"
+    assert runs == [torch.float32, torch.float16]
+
+
+def test_what_runs_on_a_cpu_only_in_an_interpreter_is_taken_by_name_alone() -> None:
+    register_backend(with_a_test("emulated", reference_forward))
+    assert resolve_backend("auto", HERE) == "gather"
+    assert resolve_backend("emulated", HERE) == "emulated"
+
+
+def heads_recorder(name: str, calls: list[tuple[int, ...] | None]) -> Backend:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        calls.append(heads)
+        out = torch.full_like(q, float("nan"))
+        some = list(range(lists.heads) if heads is None else heads)
+        out[:, some] = reference_forward(q, k, v, lists, scale)[0][:, some]
+        return out, None
+
+    return replace(backends._BACKENDS["gather"], name=name, forward=forward, dense_heads=True)
+
+
+@pytest.mark.parametrize("full", [(), (1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_heads_known_to_keep_everything_are_computed_dense(full: tuple[int, ...], gradient: bool) -> None:
+    calls: list[tuple[int, ...] | None] = []
+    register_backend(heads_recorder("fast", calls))
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 3, 45, 8, generator=generator, dtype=torch.float64).unbind(0)
+    mask = torch.zeros(2, 3, 5, 5, dtype=torch.bool)
+    mask[..., 1] = mask[..., 4] = True
+    mask[:, list(full)] = True
+    kept = tuple(25 if head in full else 10 for head in range(3))
+    lists = replace(BlockLists.from_mask(mask, 40, 40, 8, 8), head_kept=kept).check()
+    tokens = [x.requires_grad_(gradient) for x in (q, k, v)]
+    output = block_sparse_attention(*tokens, lists, backend="fast")
+    wanted = block_sparse_attention(*tokens, lists, backend="reference")
+    torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-12)
+    sparse = tuple(head for head in range(3) if head not in full)
+    assert calls == ([sparse] if full and sparse else [] if full else [None])
+    if gradient:
+        flow = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        ours = torch.autograd.grad(output, tokens, flow)
+        for one, other in zip(ours, torch.autograd.grad(wanted, tokens, flow), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

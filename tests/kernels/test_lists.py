@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,18 @@ def random_mask(batch: int, heads: int, rows: int, columns: int, seed: int) -> T
     return mask.scatter(-1, first, True)
 
 
+def random_mask_of_counts(batch: int, kept: Tensor, rows: int, columns: int, seed: int) -> Tensor:
+    """A table whose heads keep `kept` pairs each, one or more a row, the same number in every item."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(batch, len(kept), rows, columns, dtype=torch.bool)
+    mask[..., 0] = True
+    for item in range(batch):
+        for head, count in enumerate(kept.tolist()):
+            others = torch.randperm(rows * (columns - 1), generator=generator)[: count - rows]
+            mask[item, head, others // max(columns - 1, 1), 1 + others % max(columns - 1, 1)] = True
+    return mask
+
+
 @given(SIZES)
 @settings(max_examples=60, deadline=None)
 def test_lists_say_what_the_mask_says(sizes: tuple[int, ...]) -> None:
@@ -38,6 +52,55 @@ def test_lists_say_what_the_mask_says(sizes: tuple[int, ...]) -> None:
     for row, flags in enumerate(mask.reshape(-1, columns).tolist()):
         start, stop = lists.row_ptr[row : row + 2].tolist()
         assert lists.col[start:stop].tolist() == [j for j, kept in enumerate(flags) if kept]
+
+
+@given(SIZES, st.data())
+@settings(max_examples=40, deadline=None)
+def test_lists_of_some_heads_are_theirs(sizes: tuple[int, ...], data: st.DataObject) -> None:
+    batch, heads, queries, keys, block_q, block_k, seed = sizes
+    rows, columns = -(-queries // block_q), -(-keys // block_k)
+    kept = torch.randint(rows, rows * columns + 1, (heads,), generator=torch.Generator().manual_seed(seed))
+    mask = random_mask_of_counts(batch, kept, rows, columns, seed)
+    lists = BlockLists.from_mask(mask, queries, keys, block_q, block_k)
+    lists = replace(lists, head_kept=tuple(kept.tolist())).check()
+    some = data.draw(st.lists(st.integers(0, heads - 1), min_size=1, max_size=heads, unique=True))
+    own = lists.of_heads(some).check()
+    assert torch.equal(own.to_mask(), mask[:, some]) and own.head_kept == tuple(kept[some].tolist())
+
+
+def test_lists_of_some_heads_need_to_know_where_each_begins() -> None:
+    lists = BlockLists.full(1, 2, 20, 20, 8, 8)
+    with pytest.raises(ValueError, match="of_heads needs lists that are exact and know head_kept"):
+        lists.of_heads([0])
+
+
+def test_lists_with_room_to_spare_say_what_exact_ones_do() -> None:
+    mask = random_mask(2, 3, 4, 5, seed=1)
+    exact = BlockLists.from_mask(mask, 32, 40, 8, 8)
+    room = torch.cat([exact.col, torch.full((mask.numel() - exact.kept,), -7, dtype=torch.int32)])
+    lists = replace(exact, col=room, exact=False).check()
+    assert lists.kept == exact.kept and lists.sparsity() == exact.sparsity()
+    assert torch.equal(lists.to_mask(), mask)
+    assert not lists.is_full and not replace(lists, row_ptr=exact.row_ptr).is_full  # no host can tell
+    assert lists.to("cpu").exact is False
+
+
+@pytest.mark.parametrize(
+    ("head_kept", "says"),
+    [((6,), "head_kept of 2 heads, 3 to 9 pairs each"), ((2, 9), "3 to 9 pairs each"), ((9, 8), "sum to 17 an item")],
+)
+def test_what_heads_keep_must_fit(head_kept: tuple[int, ...], says: str) -> None:
+    full = BlockLists.full(1, 2, 20, 20, 8, 8)
+    with pytest.raises(ValueError, match=says):
+        replace(full, head_kept=head_kept)
+
+
+def test_what_heads_keep_is_checked_against_the_lists() -> None:
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0, 0] = False
+    lists = replace(BlockLists.from_mask(mask, 20, 20, 8, 8), head_kept=(9, 8))
+    with pytest.raises(ValueError, match=r"head_kept says \(9, 8\); the heads of the items keep \[\[8, 9\]\]"):
+        lists.check()
 
 
 def test_full_lists_keep_everything() -> None:

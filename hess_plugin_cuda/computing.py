@@ -1,0 +1,106 @@
+"""What a call over block lists does: heads that keep everything to a dense kernel, the others to the chosen backend."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Problem, get_backend, resolve_backend
+from .dense import dense_attention
+from .lists import BlockLists
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Output like q, and the log-sum-exp `[B, H, N_q]` that `gradients` reads, zero where it needs none."""
+    chosen = get_backend(resolve_backend(backend, problem_of(v, lists)))
+    full = _full_heads(lists) if chosen.dense_heads else ()
+    if len(full) == lists.heads:
+        return dense_attention(q, k, v, scale), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    sparse = tuple(head for head in range(lists.heads) if head not in full) if full else None
+    out, lse = chosen.forward(q, k, v, lists, scale, sparse)
+    if full:
+        some = _index(full, q.device)
+        parts = (x.index_select(1, some) for x in (q, k, v))
+        out.index_copy_(1, some, dense_attention(*parts, scale))
+    return out, q.new_zeros(q.shape[:3], dtype=torch.float32) if lse is None else lse
+
+
+def gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, of what `compute` returned."""
+    chosen = get_backend(resolve_backend(backend, problem_of(v, lists)))
+    full = _full_heads(lists) if chosen.dense_heads else ()
+    if not full:
+        return chosen.backward(grad, q, k, v, out, lse, lists, scale)
+    if len(full) == lists.heads:
+        return _dense_gradients(grad, q, k, v, scale)
+    whole = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    some = _index(full, q.device)
+    _put(whole, some, _dense_gradients(*(x.index_select(1, some) for x in (grad, q, k, v)), scale))
+    sparse = tuple(head for head in range(lists.heads) if head not in full)
+    some = _index(sparse, q.device)
+    parts = (x.index_select(1, some) for x in (grad, q, k, v, out, lse))
+    _put(whole, some, chosen.backward(*parts, lists.of_heads(sparse), scale))
+    return whole
+
+
+def problem_of(v: Tensor, lists: BlockLists) -> Problem:
+    """What a backend is asked for by values `[B, H, N_k, d]` and lists."""
+    return Problem(v.device, v.dtype, v.shape[-1], lists.block_q, lists.block_k)
+
+
+class Attention(torch.autograd.Function):
+    """`compute` and `gradients`, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, backend: str) -> Tensor:
+        """Attend to the kept blocks."""
+        out, lse = compute(q, k, v, lists, scale, backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.lists, ctx.scale, ctx.backend = lists, scale, backend
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute again what the gradients need, instead of keeping it."""
+        return (*gradients(grad, *ctx.saved_tensors, ctx.lists, ctx.scale, ctx.backend), None, None, None)
+
+
+def _full_heads(lists: BlockLists) -> tuple[int, ...]:
+    """Heads of which the host knows that they keep everything."""
+    if lists.is_full:
+        return tuple(range(lists.heads))
+    pairs = lists.query_blocks * lists.key_blocks
+    return tuple(head for head, kept in enumerate(lists.head_kept or ()) if kept == pairs)
+
+
+@functools.lru_cache(maxsize=256)  # a copy to a GPU waits for what it still has to do
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
+
+
+def _put(whole: tuple[Tensor, ...], heads: Tensor, parts: tuple[Tensor, ...]) -> None:
+    for each, part in zip(whole, parts, strict=True):
+        each.index_copy_(1, heads, part)
+
+
+def _dense_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = dense_attention(leaves[0], leaves[1], leaves[2], scale)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    return dq, dk, dv
