@@ -42,8 +42,7 @@ from hess_plugin.calibration.live_memory import LiveMemory
 from hess_plugin.demo.model import load_demo_model
 from hess_plugin.machine import describe_machine
 from hess_plugin.plugins import load_model
-from hess_plugin_cuda import Backend, BlockLists, register_backend
-from hess_plugin_cuda.reference import reference_backward
+from hess_plugin_cuda import Backend, BlockLists, reference, register_backend
 
 SPARSITY = 0.73
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -93,7 +92,7 @@ def size_section(args: argparse.Namespace) -> list[str]:
         "| model | layers kept | views | unpatched | plain | lean | lean / unpatched |",
         "|---|---|---|---|---|---|---|",
     ]
-    register_backend(Backend("output-only", -1, _output_only, reference_backward))
+    register_backend(Backend("output-only", -1, _output_only, reference.backward))
     for name, model in _models(args):
         for views in args.views:
             peaks = {way: _counted(model, (views, args.side), how) / 1e9 for way, how in WAYS.items()}

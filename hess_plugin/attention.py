@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -235,14 +236,15 @@ class SiteAttention:
             totals = torch.stack([kept[:, some].sum() for some in groups]).tolist()  # the one wait for a GPU
         if budgets is not None:
             amounts = [{"budgets": budgets[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
-            self._count(plan, budgets.sum(0), batch)
+            planned = [batch * count for count in plan.head_budgets]
+            self._count(plan, planned if plan.head_budgets else budgets.sum(0), batch)
         else:
             assert counts is not None
             amounts = [{"counts": counts[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
             self._count(plan, counts.sum((0, 2)), batch)
         return amounts
 
-    def _count(self, plan: Plan, kept: Tensor, batch: int) -> None:
+    def _count(self, plan: Plan, kept: Tensor | Sequence[int], batch: int) -> None:
         self.tally.sparse(kept, batch * plan.pairs, batch * plan.rows * plan.special_columns)
 
     def _attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,6 +122,7 @@ class Tally:
         # Made by the first sparse call: where a model is patched, tensors may be made on no device at all.
         self._heads, self._kept_dense = site.num_heads, 0
         self._kept: Tensor | None = None
+        self._kept_planned = [0] * site.num_heads
 
     def dense(self, pairs: int, special: int) -> None:
         """Count one call that kept everything: `pairs` patch-block pairs and `special` block pairs a head."""
@@ -130,17 +132,20 @@ class Tally:
             self._total += pairs
             self._special += special
 
-    def sparse(self, kept: Tensor, pairs: int, special: int) -> None:
+    def sparse(self, kept: Tensor | Sequence[int], pairs: int, special: int) -> None:
         """Count one sparse call that kept `kept` ``[H]`` patch-block pairs of `pairs` a head."""
         with self._lock:
+            self._total += pairs
+            self._special += special
+            if not isinstance(kept, Tensor):  # known beforehand: no work for the device
+                self._kept_planned = [before + count for before, count in zip(self._kept_planned, kept, strict=True)]
+                return
             if self._kept is None or self._kept.device != kept.device:
                 # An ordinary tensor also under inference_mode: a new one could not be updated outside of it later.
                 with torch.inference_mode(False):
                     before = torch.zeros_like(kept) if self._kept is None else self._kept
                     self._kept = before.to(kept.device)
             self._kept += kept
-            self._total += pairs
-            self._special += special
 
     def unfit(self, why: str) -> None:
         """Count one call that could not be made sparse."""
@@ -184,6 +189,7 @@ class Tally:
         self._lock, self._of_parent = threading.Lock(), (self._events, self._kept)
         self._calls = self._dense_calls = self._total = self._special = self._kept_dense = self._unfit_calls = 0
         self._seconds, self._unfit, self._kept, self._events = 0.0, None, None, []
+        self._kept_planned = [0] * self._heads
 
     def report(self) -> SiteReport:
         """Read the counts."""
@@ -191,7 +197,9 @@ class Tally:
         with self._lock:
             self._settle_events()
             total, special, dense = self._total, self._special, self._kept_dense
-            kept = [0] * self._heads if self._kept is None else self._kept.tolist()
+            kept = list(self._kept_planned)
+            if self._kept is not None:
+                kept = [planned + counted for planned, counted in zip(kept, self._kept.tolist(), strict=True)]
         if total:
             heads = tuple(1.0 - (dense + count) / total for count in kept)
             sparsity = sum(heads) / len(heads)

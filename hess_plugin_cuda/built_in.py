@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
+from . import gather, reference
 from .backends import Backend, Problem, register_backend
-from .gather import gather_attention, gather_backward
 from .lists import BlockLists
-from .reference import reference_backward, reference_forward
 
 _Heads = tuple[int, ...] | None
 _Output = tuple[Tensor, Tensor | None]
@@ -43,6 +44,8 @@ def _triton_backward(
 
 
 def _triton_refusal(problem: Problem) -> str | None:
+    if problem.device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        return "it needs a CUDA device"  # known without importing it
     from .triton import refusal
 
     return refusal(problem)
@@ -70,13 +73,6 @@ def _flex_refusal(problem: Problem) -> str | None:
 
 def register_built_in() -> None:
     """Register them all."""
-    from pathlib import Path  # TEMPORARY
-
-    here = Path(__file__).parent
-    if not all((here / n).exists() for n in ("triton/__init__.py", "sm90/launch.py", "flex.py")):
-        register_backend(Backend("gather", 10, gather_attention, gather_backward))
-        register_backend(Backend("reference", -1, reference_forward, reference_backward))
-        return
     # The kernels for Hopper compute no gradients: Triton's read the same log-sum-exp.
     register_backend(
         Backend("cuda_sm90", 40, _sm90_forward, _triton_backward, _sm90_refusal, dense_heads=True, tested=True)
@@ -85,5 +81,5 @@ def register_built_in() -> None:
         Backend("triton", 30, _triton_forward, _triton_backward, _triton_refusal, dense_heads=True, tested=True)
     )
     register_backend(Backend("flex", 20, _flex_forward, _flex_backward, _flex_refusal, tested=True))
-    register_backend(Backend("gather", 10, gather_attention, gather_backward))
-    register_backend(Backend("reference", -1, reference_forward, reference_backward))
+    register_backend(Backend("gather", 10, gather.forward, gather.backward))
+    register_backend(Backend("reference", -1, reference.forward, reference.backward))

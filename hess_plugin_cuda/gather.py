@@ -17,7 +17,7 @@ from torch import Tensor
 from .lists import BlockLists
 
 
-def gather_attention(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None = None
 ) -> tuple[Tensor, None]:
     """Attention over block lists; see `Backend.forward`.
@@ -37,10 +37,10 @@ def gather_attention(
     return out, None
 
 
-def gather_backward(
+def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gather_attention`, by gathering again instead of keeping every gathered key."""
+    """Gradients of q, k and v, by gathering again instead of keeping every gathered key."""
     patches = lists.query_tokens
     total = torch.promote_types(v.dtype, torch.float32)  # a key's gradient sums over many rows
     grad_q = torch.empty_like(q)

@@ -46,14 +46,14 @@ def reference_attention(
     return torch.matmul(scores.softmax(-1), v.to(work)).to(dtype or v.dtype)
 
 
-def reference_forward(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None = None
 ) -> tuple[Tensor, None]:
     """`reference_attention` as a backend; see `Backend.forward`."""
     return reference_attention(q, k, v, lists, scale), None
 
 
-def reference_backward(
+def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lists: BlockLists, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its gradients, by autograd."""

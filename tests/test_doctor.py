@@ -13,8 +13,7 @@ from torch import Tensor
 
 from hess_plugin import diagnosis
 from hess_plugin.cli import main
-from hess_plugin_cuda import Backend, BlockLists, Problem, backends, register_backend
-from hess_plugin_cuda.gather import gather_backward
+from hess_plugin_cuda import Backend, BlockLists, Problem, backends, gather, register_backend
 from hess_plugin_cuda.self_test import SelfTests
 
 
@@ -63,7 +62,7 @@ def test_a_backend_that_computes_wrong_results_is_told_with_exit_code_1() -> Non
     ) -> tuple[Tensor, None]:
         return torch.zeros_like(q), None
 
-    register_backend(Backend("zeros", 50, forward, gather_backward, tested=True))
+    register_backend(Backend("zeros", 50, forward, gather.backward, tested=True))
     result = doctor()
     assert result.exit_code == 1
     assert lines(result)["zeros"].startswith("wrong: its self-test is off by")

@@ -17,11 +17,11 @@ from hess_plugin_cuda import (
     available_backends,
     backends,
     block_sparse_attention,
+    gather,
+    reference,
     register_backend,
     resolve_backend,
 )
-from hess_plugin_cuda.gather import gather_attention, gather_backward
-from hess_plugin_cuda.reference import reference_forward
 from hess_plugin_cuda.self_test import SelfTests
 
 HERE = Problem(torch.device("cpu"), torch.float32)
@@ -44,18 +44,18 @@ def halves_only(problem: Problem) -> str | None:
 
 
 def fast() -> Backend:
-    return Backend("fast", 100, gather_attention, gather_backward, halves_only)
+    return Backend("fast", 100, gather.forward, gather.backward, halves_only)
 
 
 def with_a_test(name: str, forward: backends.Forward) -> Backend:
     """A backend that claims to run anywhere, with a self-test."""
-    return Backend(name, 50, forward, gather_backward, tested=True)
+    return Backend(name, 50, forward, gather.backward, tested=True)
 
 
 def wrong(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
 ) -> tuple[Tensor, None]:
-    return gather_attention(q, k, v, lists, scale)[0] * 1.01, None
+    return gather.forward(q, k, v, lists, scale)[0] * 1.01, None
 
 
 def broken(
@@ -105,7 +105,7 @@ def test_names_are_taken_once() -> None:
     with pytest.raises(ValueError, match="'fast' already"):
         register_backend(fast())
     with pytest.raises(ValueError, match="a name of its own"):
-        Backend("auto", 0, gather_attention, gather_backward)
+        Backend("auto", 0, gather.forward, gather.backward)
 
 
 def test_auto_never_falls_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_backend_that_computes_rightly_passes_whatever_mode_the_caller_is_in(m
 
     def counted(q: Tensor, *others: object) -> tuple[Tensor, None]:
         runs.append(q.dtype)
-        return reference_forward(q, *others)  # type: ignore[arg-type]
+        return reference.forward(q, *others)  # type: ignore[arg-type]
 
     register_backend(with_a_test("new", counted))
     monkeypatch.setattr(backends, "_is_emulated", lambda problem: False)
@@ -162,7 +162,7 @@ def test_a_backend_that_computes_rightly_passes_whatever_mode_the_caller_is_in(m
 
 
 def test_what_runs_on_a_cpu_only_in_an_interpreter_is_taken_by_name_alone() -> None:
-    register_backend(with_a_test("emulated", reference_forward))
+    register_backend(with_a_test("emulated", reference.forward))
     assert resolve_backend("auto", HERE) == "gather"
     assert resolve_backend("emulated", HERE) == "emulated"
 
@@ -174,7 +174,7 @@ def heads_recorder(name: str, calls: list[tuple[int, ...] | None]) -> Backend:
         calls.append(heads)
         out = torch.full_like(q, float("nan"))
         some = list(range(lists.heads) if heads is None else heads)
-        out[:, some] = reference_forward(q, k, v, lists, scale)[0][:, some]
+        out[:, some] = reference.forward(q, k, v, lists, scale)[0][:, some]
         return out, None
 
     return replace(backends._BACKENDS["gather"], name=name, forward=forward, dense_heads=True)
