@@ -221,28 +221,20 @@ class SiteAttention:
             pooled: tokens of every group; may be None where the plan has budgets.
             batch: items B.
         """
-        budgets, counts = plan.budgets, None
-        if budgets is not None:
+        if plan.budgets is not None:
             # The settings alone decide the totals: Python integers, so that nothing waits for the device.
-            budgets = budgets.expand(batch, -1)
-            totals = [batch * sum(plan.head_budgets[some]) for some in groups]
-        else:
-            assert pooled is not None
-            rule = self.settings.sparse_ratio, self.settings.cdf_threshold, self.settings.minimum
-            counts = torch.cat([sparsity.pooled_uniform_counts(part, *rule) for part in pooled], 1)
-            if plan.weights is not None:
-                budgets = allocate(counts.sum((1, 2)), plan.weights, self.settings, plan.rows, plan.columns)
-            kept = counts.sum(2) if budgets is None else budgets
-            totals = torch.stack([kept[:, some].sum() for some in groups]).tolist()  # the one wait for a GPU
-        if budgets is not None:
-            amounts = [{"budgets": budgets[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
-            planned = [batch * count for count in plan.head_budgets]
-            self._count(plan, planned if plan.head_budgets else budgets.sum(0), batch)
-        else:
-            assert counts is not None
-            amounts = [{"counts": counts[:, some], "total": n} for some, n in zip(groups, totals, strict=True)]
+            self._count(plan, [batch * kept for kept in plan.head_budgets], batch)
+            budgets = plan.budgets.expand(batch, -1)
+            return [{"budgets": budgets[:, some], "head_totals": plan.head_budgets[some]} for some in groups]
+        assert pooled is not None
+        rule = self.settings.sparse_ratio, self.settings.cdf_threshold, self.settings.minimum
+        counts = torch.cat([sparsity.pooled_uniform_counts(part, *rule) for part in pooled], 1)
+        if plan.weights is None:
             self._count(plan, counts.sum((0, 2)), batch)
-        return amounts
+            return [{"counts": counts[:, some]} for some in groups]
+        budgets = allocate(counts.sum((1, 2)), plan.weights, self.settings, plan.rows, plan.columns)
+        self._count(plan, budgets.sum(0), batch)
+        return [{"budgets": budgets[:, some]} for some in groups]
 
     def _count(self, plan: Plan, kept: Tensor | Sequence[int], batch: int) -> None:
         self.tally.sparse(kept, batch * plan.pairs, batch * plan.rows * plan.special_columns)

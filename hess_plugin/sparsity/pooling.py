@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_patches
-
-CHUNK_ENTRIES = 2**20
-"""Block-map entries worked on at once. A step holds about 26 bytes for each, so a chunk stays below 30 MB."""
+from .triton_trial import uses_triton
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ class PooledTokens:
         key_tokens: patch keys that were pooled.
         block_q: queries of a block.
         block_k: keys of a block.
-        chunk_entries: entries of the block map that `chunks` makes at once.
+        chunk_entries: entries of the block map to hold at once; None leaves it to whoever ranks them.
     """
 
     q: Tensor
@@ -62,7 +60,7 @@ class PooledTokens:
     key_tokens: int
     block_q: int
     block_k: int
-    chunk_entries: int = CHUNK_ENTRIES
+    chunk_entries: int | None = None
 
     @property
     def rows(self) -> int:
@@ -74,29 +72,29 @@ class PooledTokens:
         """Key blocks T_k of a head."""
         return self.k.shape[1]
 
-    def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield `(heads, rows, map)`: slices of B * H and T_q, and that part of the map `[h, r, T_k]`.
+    def chunks(self, entries: int) -> Iterator[tuple[slice, slice]]:
+        """Yield `(heads, rows)`, slices of B * H and T_q that tile the block map in chunks of so many entries.
 
-        Several small heads come at once; a head larger than `chunk_entries` comes in runs of rows.
+        Several small heads come at once; a larger head comes in runs of rows, of one row at least.
         """
         size = self.rows * self.columns
-        if size <= self.chunk_entries:
-            step = max(1, self.chunk_entries // size)
+        if size <= entries:
+            step = max(1, entries // size)
             for start in range(0, self.q.shape[0], step):
-                heads = slice(start, start + step)
-                yield heads, slice(0, self.rows), _probabilities(self.q[heads], self.k[heads])
+                yield slice(start, start + step), slice(0, self.rows)
             return
-        step = max(1, self.chunk_entries // self.columns)
+        step = max(1, entries // self.columns)
         for head in range(self.q.shape[0]):
             for start in range(0, self.rows, step):
-                one, rows = slice(head, head + 1), slice(start, start + step)
-                yield one, rows, _probabilities(self.q[one, rows], self.k[one])
+                yield slice(head, head + 1), slice(start, start + step)
 
-
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """Block map of pooled q `[h, r, d]` and k `[h, T_k, d]`, never with a NaN, which no sorting could place."""
-    with torch.autocast(q.device.type, enabled=False):
-        return torch.bmm(q, k.mT).softmax(-1).nan_to_num_(0.0)
+    def scores(self, heads: slice, rows: slice) -> Tensor:
+        """Part of the block map before the softmax: float32 `[h, r, T_k]`, with -inf for NaN, which has no order."""
+        q, k = self.q[heads, rows], self.k[heads].mT
+        with torch.autocast(q.device.type, enabled=False):
+            # On a GPU a float32 product may be one of TF32, which is the user's choice for the model and not for this.
+            scores = torch.bmm(q.double(), k.double()).float() if q.is_cuda else torch.bmm(q, k)
+        return scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 @torch.no_grad()
@@ -107,7 +105,7 @@ def pool(
     block_k: int,
     *,
     scale: float | None = None,
-    chunk_entries: int = CHUNK_ENTRIES,
+    chunk_entries: int | None = None,
 ) -> PooledTokens:
     """Pool patch queries and keys `[B, H, N, d]` (after the layer's own norm and RoPE) by blocks.
 
@@ -119,17 +117,26 @@ def pool(
         block_q: queries of a block.
         block_k: keys of a block.
         scale: factor on q . k; None is d ** -0.5.
-        chunk_entries: entries of the block map to hold at once.
+        chunk_entries: entries of the block map to hold at once; None is what suits the device.
 
     Raises:
         SparsityError: the shapes do not fit, or a block is below one token.
     """
     check_patches(q, k, block_q, block_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pooled_q = pool_tokens(q, block_q).flatten(0, 1) * scale
-    pooled_k = pool_tokens(k, block_k).flatten(0, 1)
+    pooled_q, pooled_k = _pool_heads(q, block_q, scale), _pool_heads(k, block_k, 1.0)
     batch, heads, query_tokens, _ = q.shape
     return PooledTokens(pooled_q, pooled_k, batch, heads, query_tokens, k.shape[2], block_q, block_k, chunk_entries)
+
+
+def _pool_heads(x: Tensor, block: int, scale: float) -> Tensor:
+    """`pool_tokens` times a factor, `[B * H, T, d]`."""
+    if uses_triton(x.device):
+        from hess_plugin_cuda.triton_selection import launch
+
+        return launch.pool(x, block, scale)
+    pooled = pool_tokens(x, block).flatten(0, 1)
+    return pooled if scale == 1.0 else pooled * scale
 
 
 def block_map(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float | None = None) -> Tensor:
@@ -146,7 +153,9 @@ def block_map(q: Tensor, k: Tensor, block_q: int, block_k: int, *, scale: float 
         scale: factor on q . k; None is d ** -0.5.
 
     Returns:
-        float32 `[B, H, T_q, T_k]`, rows summing to 1.
+        float32 `[B, H, T_q, T_k]`, rows summing to 1. A NaN score has probability 0; a row with nothing but NaN, or
+        with an infinite score, is all zeros.
     """
     pooled = pool(q, k, block_q, block_k, scale=scale)
-    return _probabilities(pooled.q, pooled.k).unflatten(0, (pooled.batch, pooled.heads))
+    scores = pooled.scores(slice(None), slice(None))
+    return scores.softmax(-1).nan_to_num_(0.0).unflatten(0, (pooled.batch, pooled.heads))

@@ -33,6 +33,22 @@ def keep_largest(x: Tensor, ranked: Tensor, counts: Tensor) -> Tensor:
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= missing))
 
 
+def covering_counts(probabilities: Tensor, share: float, least: int) -> Tensor:
+    """Leading entries of each row whose sum stays within a share, largest first, or `least` if that is more.
+
+    Args:
+        probabilities: `[..., T_k]`.
+        share: what the sum must not exceed.
+        least: 1..T_k.
+
+    Returns:
+        int64 `[...]`.
+    """
+    # float64, so that the count does not depend on the order in which a device adds.
+    mass = sort_rows(probabilities).to(torch.float64).cumsum(-1)
+    return (mass <= share).sum(-1).clamp_(min=least)
+
+
 def rank(x: Tensor) -> Tensor:
     """Rank of each entry of each row, 0 for the largest, ties to the lower index: int64, like x."""
     order = torch.sort(x, dim=-1, descending=True, stable=True).indices

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hess_plugin_cuda import BlockLists
 
-from .budgets import spread
 from .checks import SparsityError
 from .pooling import PooledTokens, pool
 from .ranking import keep_largest, sort_rows
+from .rows import rows_of
 
 Selector = Callable[..., BlockLists]
+
+UNKNOWN_LIMIT = 2**30
+"""Bytes that lists of unknown length may take on a GPU to have room for every pair; beyond it the host waits for their
+length."""
 
 
 def select(
@@ -27,9 +31,14 @@ def select(
     budgets: Tensor | None = None,
     scale: float | None = None,
     selector: str = "mass",
+    head_totals: Sequence[int] | None = None,
     total: int | None = None,
 ) -> BlockLists:
     """Choose the key blocks that each query block keeps.
+
+    Scores are float32, of which NaN counts as -inf and -0.0 as 0.0; of equal scores the lower block comes first. The
+    same scores give the same lists on every device, to the bit; only the gain by which `budgets` are spread is rounded
+    as the device adds.
 
     The block map is only ever held in bounded chunks; what stays is the lists, four bytes for each kept pair.
 
@@ -43,20 +52,23 @@ def select(
             remainder to the rows whose next block is the most probable.
         scale: factor on q . k; None is d ** -0.5.
         selector: a name in `SELECTORS`. "mass" takes the most probable blocks of the block map.
-        total: sum of the counts or budgets, if the host knows it, as it does for a fixed sparsity; otherwise
-            it is read back, the one wait for a GPU.
+        head_totals: pairs that each head keeps, `[H]`, the same for every item, if the host knows them, as it does
+            for a fixed sparsity. Trusted on a GPU, where they decide what is allocated.
+        total: their sum over heads and items, for a caller that knows no more.
 
     Returns:
-        Lists on the device of q, ascending in each row; exact, deterministic, ties to the lower block.
+        Lists on the device of q, ascending in each row. Without totals a GPU's lists are not `exact`: they have room
+        for every pair. Where that would take more than `UNKNOWN_LIMIT`, and on the CPU, their length is read back
+        instead, the one wait for a GPU.
 
     Raises:
-        SparsityError: shapes do not fit, neither or both of counts and budgets are given, or no such
-            selector.
+        SparsityError: shapes do not fit, neither or both of counts and budgets are given, the totals are not
+            theirs, or there is no such selector.
     """
     if selector not in SELECTORS:
         raise SparsityError(f"There is no selector {selector!r}; choose one of {', '.join(SELECTORS)}.")
     pooled = pool(q, k, block_q, block_k, scale=scale)
-    return SELECTORS[selector](pooled, counts=counts, budgets=budgets, total=total)
+    return SELECTORS[selector](pooled, counts=counts, budgets=budgets, head_totals=head_totals, total=total)
 
 
 @torch.no_grad()
@@ -65,16 +77,34 @@ def select_mass(
     *,
     counts: Tensor | None = None,
     budgets: Tensor | None = None,
+    head_totals: Sequence[int] | None = None,
     total: int | None = None,
 ) -> BlockLists:
     """The selector "mass": the most probable blocks of each row; see `select`."""
     _check_amounts(pooled, counts, budgets)
-    chunks = _Chunks(pooled)
+    _check_totals(pooled, head_totals)
+    rows = rows_of(pooled)
     if budgets is not None:
-        counts = _spread_by_gain(pooled, chunks, budgets)
+        counts = rows.spread(budgets.flatten())
     assert counts is not None  # one of the two was given
     counts = counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
-    return _emit(pooled, chunks, counts, total)
+    row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
+    length, exact = _length(pooled, row_ptr, head_totals, total)
+    col = torch.empty(length + 1, dtype=torch.int32, device=counts.device)
+    rows.fill(counts, row_ptr, col)
+    return BlockLists(
+        row_ptr,
+        col[:length],
+        pooled.batch,
+        pooled.heads,
+        pooled.query_tokens,
+        pooled.key_tokens,
+        pooled.block_q,
+        pooled.block_k,
+        head_kept=None if head_totals is None else tuple(head_totals),
+        exact=exact,
+    )
 
 
 def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:
@@ -91,63 +121,29 @@ def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:
 
 
 SELECTORS: dict[str, Selector] = {"mass": select_mass}
-"""Rules that fill a budget: `(pooled, *, counts, budgets, total) -> BlockLists`."""
+"""Rules that fill a budget: `(pooled, *, counts, budgets, head_totals, total) -> BlockLists`."""
 
 
-class _Chunks:
-    """The sorted parts of a block map; kept between two passes if there is only one, else made again."""
-
-    def __init__(self, pooled: PooledTokens) -> None:
-        self.pooled = pooled
-        self.kept: tuple[slice, slice, Tensor, Tensor] | None = None
-        self.single = pooled.q.shape[0] * pooled.rows * pooled.columns <= pooled.chunk_entries
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        if self.kept is not None:
-            yield self.kept
-            return
-        for heads, rows, part in self.pooled.chunks():
-            made = heads, rows, part, sort_rows(part)
-            if self.single:
-                self.kept = made
-            yield made
+def _length(
+    pooled: PooledTokens, row_ptr: Tensor, head_totals: Sequence[int] | None, total: int | None
+) -> tuple[int, bool]:
+    """Length of the lists, and whether that is exact or what they are at most."""
+    if head_totals is not None:
+        total = pooled.batch * sum(head_totals)
+    if row_ptr.device.type == "cpu":
+        kept = int(row_ptr[-1])
+        if total is not None and total != kept:
+            raise SparsityError(f"The heads keep {kept} pairs in all; the totals say {total}.")
+        return kept, True
+    if total is not None:
+        return total, True
+    most = (row_ptr.numel() - 1) * pooled.columns
+    return (most, False) if most * torch.int32.itemsize <= UNKNOWN_LIMIT else (int(row_ptr[-1]), True)
 
 
-def _spread_by_gain(pooled: PooledTokens, chunks: _Chunks, budgets: Tensor) -> Tensor:
-    """Counts `[B, H, T_q]` of budgets `[B, H]`; a row's gain is what its next block adds."""
-    nth = (budgets.reshape(-1, 1) // pooled.rows).clamp(0, pooled.columns - 1)
-    gains = torch.empty(pooled.q.shape[:2], device=pooled.q.device)
-    for heads, rows, _, ranked in chunks:
-        at = nth[heads].unsqueeze(-1).expand(-1, ranked.shape[1], 1)
-        gains[heads, rows] = ranked.gather(-1, at).squeeze(-1)
-    return spread(budgets, pooled.rows, pooled.columns, gains.view(*budgets.shape, pooled.rows))
-
-
-def _emit(pooled: PooledTokens, chunks: _Chunks, counts: Tensor, total: int | None) -> BlockLists:
-    """Lists with `counts` `[B * H, T_q]` blocks a row."""
-    device = pooled.q.device
-    total = int(counts.sum()) if total is None else total
-    row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=device)
-    torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
-    starts = row_ptr[:-1].view_as(counts)
-    # One entry more, into which every block that is not kept is written: no length has to be read back from a
-    # device.
-    col = torch.empty(total + 1, dtype=torch.int32, device=device)
-    blocks = torch.arange(pooled.columns, dtype=torch.int32, device=device)
-    for heads, rows, part, ranked in chunks:
-        keep = keep_largest(part, ranked, counts[heads, rows])
-        place = keep.cumsum(-1).add_(starts[heads, rows].unsqueeze(-1) - 1)
-        place.masked_fill_(~keep, total)
-        col.scatter_(0, place.flatten(), blocks.expand_as(place).flatten())
-    sizes = (
-        pooled.batch,
-        pooled.heads,
-        pooled.query_tokens,
-        pooled.key_tokens,
-        pooled.block_q,
-        pooled.block_k,
-    )
-    return BlockLists(row_ptr, col[:total], *sizes)
+def _check_totals(pooled: PooledTokens, head_totals: Sequence[int] | None) -> None:
+    if head_totals is not None and len(head_totals) != pooled.heads:
+        raise SparsityError(f"head_totals must be those of {pooled.heads} heads; got {len(head_totals)}.")
 
 
 def _check_amounts(pooled: PooledTokens, counts: Tensor | None, budgets: Tensor | None) -> None:

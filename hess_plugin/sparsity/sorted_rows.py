@@ -48,15 +48,12 @@ class SortedRows:
         """See `MapRows`."""
         starts = row_ptr[:-1].view_as(counts)
         blocks = torch.arange(self._pooled.columns, dtype=torch.int32, device=col.device)
-        # One entry more, into which every block that is not kept is written: no length has to be read back from a
-        # device.
-        room = torch.empty(col.numel() + 1, dtype=torch.int32, device=col.device)
+        last = col.numel() - 1  # into which every block that is not kept is written: nothing has to be read back
         for heads, rows, scores, ranked in self._ranked():
             keep = keep_largest(scores, ranked, counts[heads, rows])
             place = keep.cumsum(-1).add_(starts[heads, rows].unsqueeze(-1) - 1)
-            place.masked_fill_(~keep, col.numel())
-            room.scatter_(0, place.flatten(), blocks.expand_as(place).flatten())
-        col.copy_(room[:-1])
+            place.masked_fill_(~keep, last)
+            col.scatter_(0, place.flatten(), blocks.expand_as(place).flatten())
 
     def _ranked(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Scores and sorted scores; kept between two passes if there is only one chunk, else made again."""

@@ -1,0 +1,81 @@
+"""Whether blocks on a device are chosen by Triton kernels: where Triton can run, and a trial agrees with sorting."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hess_plugin_cuda.backends import Problem
+
+if TYPE_CHECKING:
+    from .rows import MapRows
+
+_log = logging.getLogger(__name__)
+_BUDGETS = (333, 1013)  # of 20 rows x 70 columns: even shares with a remainder
+_BLOCK = 4
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether blocks on this device are chosen by Triton kernels. The first answer for a GPU waits for a trial.
+
+    While a CUDA graph is captured nothing can be tried, and Triton is taken where it can run.
+    """
+    return device.type == "cuda" and (_works(device) if not torch.cuda.is_current_stream_capturing() else _runs(device))
+
+
+def _runs(device: torch.device) -> bool:
+    from hess_plugin_cuda.triton import refusal
+
+    return refusal(Problem(device, torch.float32)) is None
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    from hess_plugin_cuda.triton import refusal
+
+    reason = refusal(Problem(device, torch.float32)) or failure(device)
+    if reason is not None:
+        _log.warning("blocks on %s are chosen by sorting, which is slower than Triton's way: %s", device, reason)
+    return reason is None
+
+
+def failure(device: torch.device) -> str | None:
+    """What is wrong with the kernels on a device; None where they choose what sorting on the CPU chooses."""
+    from .pooling import pool_tokens
+    from .sorted_rows import SortedRows
+
+    # The caller's inference mode is none of the trial's business.
+    with torch.inference_mode(False), torch.no_grad():
+        # Tokens of whole numbers: their means and scores are the same bits everywhere, with many ties.
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randint(-2, 3, (1, 2, 20 * _BLOCK - 2, 16), generator=generator).float()
+        k = torch.randint(-2, 3, (1, 2, 70 * _BLOCK, 16), generator=generator).float()
+        try:
+            from hess_plugin_cuda.triton_selection import launch
+
+            from .bisected_rows import BisectedRows
+
+            tried = _chosen(BisectedRows, *(launch.pool(x.to(device), _BLOCK) for x in (q, k)))
+        except Exception as error:  # a kernel that does not compile or launch may raise anything
+            first = (str(error).strip() or "no reason given").splitlines()[0]
+            return f"a trial failed with {type(error).__name__}: {first}"
+        wanted = _chosen(SortedRows, *(pool_tokens(x, _BLOCK).flatten(0, 1) for x in (q, k)))
+    if all(torch.equal(a.cpu(), b) for a, b in zip(tried, wanted, strict=True)):
+        return None
+    return "a trial chose other blocks"
+
+
+def _chosen(way: type[MapRows], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and lists of pooled tokens `[2, 20, d]` and `[2, 70, d]`."""
+    from .pooling import PooledTokens
+
+    rows = way(PooledTokens(q, k, 1, 2, q.shape[1], k.shape[1], 1, 1))  # type: ignore[call-arg]
+    counts = rows.spread(torch.tensor(_BUDGETS, device=q.device))
+    row_ptr = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
+    col = torch.zeros(sum(_BUDGETS) + 1, dtype=torch.int32, device=q.device)
+    rows.fill(counts, row_ptr, col)
+    return counts, col[:-1]

@@ -1,0 +1,1 @@
+"""The Hopper backend: a kernel compiled beforehand, launched through the CUDA driver; see `launch`."""

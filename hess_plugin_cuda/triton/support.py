@@ -1,0 +1,67 @@
+"""What the Triton backend cannot compute, and why."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..backends import Problem
+
+WIDTHS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Say in a few words why Triton cannot compute a problem, or None if it can.
+
+    Under TRITON_INTERPRET=1, set before Triton is imported, it runs anywhere: that is for tests, and slow.
+    """
+    missing = missing_triton()
+    if missing is not None:
+        return missing
+    # In float32 a tile's operands do not fit the registers, and products of tensor cores are not exact enough.
+    if problem.dtype not in DTYPES and not (problem.dtype == torch.float32 and is_interpreted()):
+        return "it computes bfloat16 and float16"
+    if problem.head_dim not in WIDTHS:
+        return f"it needs a head width of {_one_of(WIDTHS)}"
+    if problem.block_q not in BLOCKS or problem.block_k not in BLOCKS:
+        return f"it needs blocks of {_one_of(BLOCKS)} tokens"
+    return None if is_interpreted() else _unfit(problem.device)
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """Say that there is no Triton, or that it is too old; None if it will do."""
+    try:
+        import triton
+    except ImportError:
+        return "it needs Triton, which is not installed: pip install 'triton>=3.6'"
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < (3, 6):
+        return f"it needs Triton 3.6 or later, not {triton.__version__}"
+    return None
+
+
+@functools.cache
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _unfit(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0, and {device} has {major}.{minor}"
+    return None
+
+
+def _one_of(sizes: tuple[int, ...]) -> str:
+    return f"{', '.join(str(size) for size in sizes[:-1])} or {sizes[-1]}"

@@ -1,0 +1,71 @@
+"""What the kernels of this package are compiled for, told to `benchmarks/kernel_resources.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..triton.compiled import CompiledConfiguration
+from .shapes import RowShape, emission_shape, row_shape
+
+# One of each kind: a warp alone, several, as many as there are with 16 and with 32 columns a thread, rows read in
+# pieces. Rows of other lengths are as many columns to a thread as one of these.
+_COLUMNS = (512, 4096, 16384, 32768, 32769)
+
+_TYPES = {
+    "SCORES": "*fp32", "GAINS": "*fp32", "BUDGETS": "*i64", "STARTS": "*i64", "COUNTS": "*i64", "KEYS": "*i32",
+    "CUTS": "*i32", "COL": "*i32", "first": "i32", "columns": "i32", "rows": "i32", "stride": "i32", "least": "i32",
+    "share": "fp32",
+}  # fmt: skip
+
+
+def compiled_configurations() -> list[CompiledConfiguration]:
+    """Kernels and configurations that `benchmarks/kernel_resources.py` compiles."""
+    return [*_scores(), *_rows()]
+
+
+def _scores() -> Iterator[CompiledConfiguration]:
+    """The kernels that make scores, at the head width of VGGT."""
+    from .launch import SCORE_STAGES, SCORE_TILE, SCORE_WARPS, pool_options
+    from .scores import pool_kernel, score_kernel
+
+    strides = {name: "i64" for name in ("item_stride", "head_stride", "token_stride")}
+    sizes = {name: "i32" for name in ("heads", "tokens", "blocks")}
+    for kind in ("bf16", "fp16", "fp32"):
+        options = pool_options(64, 64)
+        warps = options.pop("num_warps")
+        types = {"X": f"*{kind}", "OUT": "*fp32", **strides, **sizes, "scale": "fp32"}
+        aligned = ("X", "OUT", *strides)
+        yield CompiledConfiguration(f"pooling {kind} d64", pool_kernel, types, options, aligned, warps, 3)
+    types = {"Q": "*fp32", "K": "*fp32", "SCORES": "*fp32", "q_head": "i64", "k_head": "i64"}
+    types |= {name: "i32" for name in ("rows", "columns", "stride")}
+    aligned = ("Q", "K", "SCORES", "q_head", "k_head", "stride")
+    tile = {"WIDTH": 64, **SCORE_TILE}
+    yield CompiledConfiguration("scores d64", score_kernel, types, tile, aligned, SCORE_WARPS, SCORE_STAGES)
+
+
+def _rows() -> Iterator[CompiledConfiguration]:
+    """The kernels that work on rows."""
+    from .counts import count_kernel
+    from .emission import choose_kernel, emit_kernel
+    from .thresholds import spread_kernel, threshold_kernel
+
+    for columns in _COLUMNS:
+        shape, told = row_shape(columns), f"{columns} columns" if row_shape(columns).whole else "in pieces"
+        yield _row(f"thresholds, {told}", threshold_kernel, shape)
+        yield _row(f"spread, {told.replace('columns', 'rows')}", spread_kernel, shape)
+        yield _row(f"counts, {told}", count_kernel, shape)
+        yield _row(f"choice, {told}", choose_kernel, shape)
+    for columns in (512, 2048):
+        shape = emission_shape(columns)
+        yield _row(f"emission, {shape.tile} columns at once", emit_kernel, shape)
+
+
+def _row(name: str, kernel: Any, shape: RowShape) -> CompiledConfiguration:
+    arguments = [parameter.name for parameter in kernel.params]
+    types = {argument: _TYPES[argument] for argument in arguments if argument in _TYPES}
+    # Triton is asked not to look at the other numbers, which change with every input.
+    aligned = tuple(argument for argument in types if argument.isupper() or argument == "stride")
+    sizes = {"SIZE": shape.size, "WHOLE": shape.whole, "TILE": shape.tile}
+    constants = {argument: value for argument, value in sizes.items() if argument in arguments}
+    return CompiledConfiguration(name, kernel, types, constants, aligned, shape.warps, 3)

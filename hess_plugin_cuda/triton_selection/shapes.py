@@ -1,0 +1,53 @@
+"""How the rows of scores lie in memory, and how many threads work on one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LONGEST_ROW = 32768
+"""Columns of the longest row that is held in registers, 32 for each of 1024 threads; longer ones are read again and
+again."""
+
+_PIECE = 2048
+
+
+class RowShape(NamedTuple):
+    """How a program holds a row.
+
+    Attributes:
+        size: columns at once, a power of two.
+        whole: whether that is all of them.
+        warps: of the program.
+    """
+
+    size: int
+    whole: bool
+    warps: int
+
+    @property
+    def tile(self) -> int:
+        """Columns at once where a row is read in pieces to do more with each than compare: at most 8 a thread."""
+        return min(self.size, 256 * self.warps, _PIECE)
+
+
+def row_shape(columns: int) -> RowShape:
+    """Find how a program holds a row of so many columns."""
+    if columns > LONGEST_ROW:
+        return RowShape(_PIECE, False, 8)
+    size = max(32, power_of_two(columns))
+    return RowShape(size, True, min(32, max(1, size // 512)))
+
+
+def emission_shape(columns: int) -> RowShape:
+    """Find how a program reads a row to write its list: in pieces, so that several programs hide each other's waiting."""
+    return row_shape(min(columns, _PIECE))
+
+
+def row_stride(columns: int) -> int:
+    """From row to row of a chunk of scores: a multiple of 16, so that rows are read 16 bytes at a time."""
+    return -(-columns // 16) * 16
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()

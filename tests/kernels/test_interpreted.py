@@ -1,0 +1,52 @@
+"""Runs the checks of Triton kernels, each file in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, and its interpreter must not leak into other tests. Where there is a
+GPU, the same checks run compiled on it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CHECKS = sorted((HERE / "interpreted").glob("check_*.py"))
+
+
+def cannot_run() -> str | None:
+    """Why no kernel can run here."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.6'"
+    import triton
+
+    old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+    new_numpy = tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4)
+    if old and new_numpy and not torch.cuda.is_available():
+        return f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy.__version__}"
+    return None
+
+
+@pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
+def test_kernels(file: Path) -> None:
+    reason = cannot_run()
+    if reason is not None:
+        pytest.skip(reason)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment.pop("TRITON_INTERPRET", None)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    child = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)
+    assert child.returncode == 0, f"{' '.join(command)}\n{child.stdout}\n{child.stderr}"
+
+
+def test_there_are_checks() -> None:
+    """A glob that finds nothing would run nothing."""
+    assert {file.stem for file in CHECKS} >= {"check_backward", "check_forward"}
