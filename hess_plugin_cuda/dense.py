@@ -99,7 +99,7 @@ def dense_kernels(device: torch.device | str, dtype: torch.dtype, head_dim: int)
 def _torch_takes(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether torch chooses a kernel for these tensors by itself, so that its settings can be left alone."""
     asked = getattr(torch, "_fused_sdp_choice", None)  # not a promise of torch's: only time is lost without it
-    return asked is not None and asked(q, k, v, scale=scale) == int(kernel)
+    return asked is not None and SDPBackend(asked(q, k, v, scale=scale)) == kernel
 
 
 @functools.lru_cache(maxsize=64)  # asked by every call

@@ -78,11 +78,12 @@ def forward(
     with torch.no_grad():
         for item, some in head_runs(lists, k.shape[2], heads):
             padded = pad(lists, item, some, k.shape[2], full_length=q.device.type == "cpu")
-            parts = (x[item, some].unsqueeze(1) for x in (q[:, :, :patches], k, v))
-            out[item, some, :patches] = _attend(*parts, padded, scale, (lists.block_q, lists.block_k)).squeeze(1)
+            own_q, own_k, own_v = (x[item, some].unsqueeze(1) for x in (q, k, v))
+            blocks = lists.block_q, lists.block_k
+            found = _attend(own_q[:, :, :patches], own_k, own_v, padded, scale, blocks)
+            out[item, some, :patches] = found.squeeze(1)
             if q.shape[2] > patches:
-                parts = (x[item : item + 1, some] for x in (q[:, :, patches:], k, v))
-                out[item, some, patches:] = dense_attention(*parts, scale)[0]
+                out[item, some, patches:] = dense_attention(own_q[:, :, patches:], own_k, own_v, scale).squeeze(1)
     return out, None
 
 
@@ -96,7 +97,7 @@ def backward(
     """
     from . import gather
 
-    return gather.gather_backward(grad, q, k, v, out, lse, lists, scale)
+    return gather.backward(grad, q, k, v, out, lse, lists, scale)
 
 
 def head_runs(lists: BlockLists, keys: int, heads: tuple[int, ...] | None) -> Iterator[tuple[int, slice]]:

@@ -77,7 +77,7 @@ def test_without_a_gpu_it_says_what_it_needs(tmp_path: Path) -> None:
 
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 into = options["--into"]
 def write(**data):
@@ -91,7 +91,7 @@ if name == "check flex":
 if name == "kernels":
     print("about to end"); print("illegal memory access", file=sys.stderr); sys.exit(3)
 if name == "tuning":
-    write(notes=[" ".join(sys.argv)])
+    write(notes=[" ".join(sys.argv), os.environ.get("HESS_BACKEND")])
 if name == "check gather":
     write()
 """
@@ -100,6 +100,7 @@ if name == "check gather":
 def test_jobs_that_hang_or_break_take_nothing_with_them(
     gpu: SimpleNamespace, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("HESS_BACKEND", raising=False)
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     names = ("check triton", "check flex", "check gather", "kernels", "tuning", "models")
@@ -117,7 +118,8 @@ def test_jobs_that_hang_or_break_take_nothing_with_them(
     assert found["kernels"]["state"] == "ended with status 3"
     assert found["kernels"]["failures"][0].endswith("about to end / illegal memory access")
     assert found["check gather"]["state"] == "done" and not found["check gather"]["failures"]
-    assert found["tuning"]["notes"][0].endswith("--skip triton flex")  # neither is timed any more
+    command, backend = found["tuning"]["notes"]
+    assert command.endswith("--skip triton flex") and backend == "gather"  # neither is timed or chosen any more
 
 
 def test_what_there_is_no_time_for_is_named(

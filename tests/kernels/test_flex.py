@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hess_plugin_cuda import BlockLists, block_count, flex, token_mask
+from hess_plugin_cuda import BlockLists, block_count, flex, reference_attention, token_mask
 from hess_plugin_cuda.backends import Problem
 
 CUDA = torch.device("cuda")
@@ -157,3 +157,14 @@ def test_compiled_for_a_cpu_it_computes_the_lists_with_one_compilation() -> None
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(COMPILED)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    lists = BlockLists.from_mask(torch.tensor([[[[True, False], [False, True], [True, True]]]]), 40, 25, 16, 16)
+    q, k, v = (torch.randn(1, 1, tokens, 8, dtype=torch.float64, requires_grad=True) for tokens in (43, 28, 28))
+    out = reference_attention(q, k, v, lists, 0.4)
+    flow = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, (q, k, v), flow)
+    found = flex.backward(flow, *(x.detach() for x in (q, k, v)), out.detach(), torch.empty(1, 1, 43), lists, 0.4)
+    for given_gradient, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(given_gradient, gradient)

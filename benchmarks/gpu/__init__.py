@@ -1,0 +1,1 @@
+"""What `gpu_suite.py` measures, one section a file."""
