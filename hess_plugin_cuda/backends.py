@@ -14,10 +14,13 @@ from torch import Tensor
 from .lists import BlockLists
 from .self_test import SelfTests
 
-_Heads = "tuple[int, ...] | None"
-Forward = Callable[[Tensor, Tensor, Tensor, BlockLists, float, _Heads], "tuple[Tensor, Tensor | None]"]
+Forward = Callable[
+    [Tensor, Tensor, Tensor, BlockLists, float, "tuple[int, ...] | None"],
+    "tuple[Tensor, Tensor | None]",
+]
 Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockLists, float], "tuple[Tensor, Tensor, Tensor]"
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockLists, float],
+    "tuple[Tensor, Tensor, Tensor]",
 ]
 
 CHOICE = "HESS_BACKEND"

@@ -23,8 +23,8 @@ def compute(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, ba
     out, lse = chosen.forward(q, k, v, lists, scale, sparse)
     if full:
         some = _index(full, q.device)
-        parts = (x.index_select(1, some) for x in (q, k, v))
-        out.index_copy_(1, some, dense_attention(*parts, scale))
+        dense_q, dense_k, dense_v = _pick(some, q, k, v)
+        out.index_copy_(1, some, dense_attention(dense_q, dense_k, dense_v, scale))
     return out, q.new_zeros(q.shape[:3], dtype=torch.float32) if lse is None else lse
 
 
@@ -48,11 +48,13 @@ def gradients(
         return _dense_gradients(grad, q, k, v, scale)
     whole = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     some = _index(full, q.device)
-    _put(whole, some, _dense_gradients(*(x.index_select(1, some) for x in (grad, q, k, v)), scale))
+    flow, some_q, some_k, some_v = _pick(some, grad, q, k, v)
+    _put(whole, some, _dense_gradients(flow, some_q, some_k, some_v, scale))
     sparse = tuple(head for head in range(lists.heads) if head not in full)
     some = _index(sparse, q.device)
-    parts = (x.index_select(1, some) for x in (grad, q, k, v, out, lse))
-    _put(whole, some, chosen.backward(*parts, lists.of_heads(sparse), scale))
+    flow, some_q, some_k, some_v, some_out, some_lse = _pick(some, grad, q, k, v, out, lse)
+    found = chosen.backward(flow, some_q, some_k, some_v, some_out, some_lse, lists.of_heads(sparse), scale)
+    _put(whole, some, found)
     return whole
 
 
@@ -76,7 +78,8 @@ class Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute again what the gradients need, instead of keeping it."""
-        return (*gradients(grad, *ctx.saved_tensors, ctx.lists, ctx.scale, ctx.backend), None, None, None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*gradients(grad, q, k, v, out, lse, ctx.lists, ctx.scale, ctx.backend), None, None, None)
 
 
 def _full_heads(lists: BlockLists) -> tuple[int, ...]:
@@ -91,6 +94,10 @@ def _full_heads(lists: BlockLists) -> tuple[int, ...]:
 def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)
+
+
+def _pick(heads: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [x.index_select(1, heads) for x in tensors]
 
 
 def _put(whole: tuple[Tensor, ...], heads: Tensor, parts: tuple[Tensor, ...]) -> None:

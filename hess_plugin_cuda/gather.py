@@ -32,7 +32,8 @@ def forward(
     full = _full_heads(lists)
     if full.numel():
         # Special queries once more: a head that keeps everything then rounds as one dense call for it does.
-        dense = F.scaled_dot_product_attention(*(_heads(x, full) for x in (q, k, v)), scale=scale)
+        full_q, full_k, full_v = (_heads(x, full) for x in (q, k, v))
+        dense = F.scaled_dot_product_attention(full_q, full_k, full_v, scale=scale)
         out = out.flatten(0, 1).index_copy(0, full, dense[0]).view_as(out)
     return out, None
 
@@ -44,8 +45,7 @@ def backward(
     patches = lists.query_tokens
     total = torch.promote_types(v.dtype, torch.float32)  # a key's gradient sums over many rows
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros(k.shape, dtype=total, device=k.device), torch.zeros_like(v, dtype=total)
-    grad_k, grad_v = grad_k.contiguous(), grad_v.contiguous()
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=total, device=x.device) for x in (k, v))
     grad_q[:, :, :patches] = _patch_gradients(
         grad[:, :, :patches], q[:, :, :patches], k, v, lists, scale, grad_k, grad_v
     )
@@ -56,7 +56,8 @@ def backward(
         grad_v += parts[2]
     full = _full_heads(lists)
     if full.numel():
-        parts = _dense_gradients(*(_heads(x, full) for x in (grad, q, k, v)), scale)
+        flow, full_q, full_k, full_v = (_heads(x, full) for x in (grad, q, k, v))
+        parts = _dense_gradients(flow, full_q, full_k, full_v, scale)
         for whole, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
             item, head = full.div(lists.heads, rounding_mode="floor"), full % lists.heads
             whole[item, head] = part[0].to(whole.dtype)
@@ -116,7 +117,10 @@ def _patch_gradients(
 
 
 def _dense_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return _differentiate(lambda *x: F.scaled_dot_product_attention(*x[:3], scale=x[3]), grad, (q, k, v), scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    return _differentiate(attend, grad, (q, k, v), scale)
 
 
 def _differentiate(

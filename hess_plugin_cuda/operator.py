@@ -90,7 +90,11 @@ torch.library.register_autograd(_NAME, _differentiate, setup_context=_save)
 
 
 def _lists(row_ptr: Tensor, col: Tensor, sizes: Sequence[int], head_kept: Sequence[int], exact: bool) -> BlockLists:
-    return BlockLists(row_ptr, col, *sizes, head_kept=tuple(head_kept) or None, exact=exact)
+    batch, heads, query_tokens, key_tokens, block_q, block_k = sizes
+    kept = tuple(head_kept) or None
+    return BlockLists(
+        row_ptr, col, batch, heads, query_tokens, key_tokens, block_q, block_k, head_kept=kept, exact=exact
+    )
 
 
 def _like(model: Tensor, given: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def _errors(forward: Callable[..., tuple[Tensor, Tensor | None]], problem: Probl
     q, k, v, lists = _small_problem(problem)
     scale = problem.head_dim**-0.5
     # On the CPU: that the reference's own matrix products are exact must not hang on the device's settings.
-    double = [x.double().cpu() for x in (q, k, v)]
-    exact = reference_attention(*double, lists.to("cpu"), scale, dtype=torch.float64)
+    exact_q, exact_k, exact_v = (x.double().cpu() for x in (q, k, v))
+    exact = reference_attention(exact_q, exact_k, exact_v, lists.to("cpu"), scale, dtype=torch.float64)
     mask = token_mask(lists, q.shape[2], k.shape[2])
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).double().cpu()
     given = forward(q, k, v, lists, scale, None)[0].double().cpu()
