@@ -195,7 +195,7 @@ class TensorMap:
         Raises:
             DriverError: the driver refuses it.
         """
-        self._sizes[:] = (shape[3], shape[2], shape[1], shape[0])
+        self._sizes[:] = [shape[3], shape[2], shape[1], shape[0]]
         # Of a size of one the stride is never used, but must be valid all the same.
         self._strides[:] = [2 * strides[n] if shape[n] > 1 else 128 for n in (2, 1, 0)]
         # fmt: off

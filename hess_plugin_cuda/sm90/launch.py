@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..lists import BlockLists, block_count
-from ..schedule import work_order
+from hess_plugin_cuda.lists import BlockLists, block_count
+from hess_plugin_cuda.schedule import work_order
+
 from . import driver as cuda
 
 if TYPE_CHECKING:
-    from ..backends import Problem
+    from hess_plugin_cuda.backends import Problem
 
 HEAD_DIM, BLOCK_Q, BLOCK_K = 64, 128, 64
 KERNELS = {torch.bfloat16: "block_sparse_bf16", torch.float16: "block_sparse_fp16"}
@@ -104,6 +105,8 @@ def forward(
     if out.stride(3) != 1:  # the kernel writes whole rows
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if abs(scale) < 2.0**-120:  # all keys count the same; scaled by zero, a masked score of -inf would be NaN
+        q, scale = torch.zeros_like(q), 1.0
     if scale < 0:  # the kernel takes the largest score before it scales; the negation is exact
         q, scale = -q, -scale
     q, k, v = (x if loadable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -166,4 +169,6 @@ def _kernel(ordinal: int, dtype: torch.dtype) -> cuda.Kernel:
 @functools.cache
 def _load(ordinal: int, dtype: torch.dtype) -> cuda.Kernel:
     told = facts()
-    return cuda.Kernel(cuda.device(ordinal), COMPILED.read_bytes(), KERNELS[dtype], told["threads"], told["shared_bytes"])
+    return cuda.Kernel(
+        cuda.device(ordinal), COMPILED.read_bytes(), KERNELS[dtype], told["threads"], told["shared_bytes"]
+    )

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import hess_plugin_cuda.sm90.driver as cuda
 from hess_plugin_cuda import BlockLists
-from hess_plugin_cuda.csrc import build
+from hess_plugin_cuda.csrc import compilers
 from hess_plugin_cuda.sm90 import launch
 
 EMULATOR = Path(__file__).parent / "emulator"
-CSRC = Path(build.__file__).parent
+CSRC = Path(compilers.__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def compile_emulator(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 @pytest.fixture(scope="session")
 def shipped(compile_emulator: Callable[..., Path]) -> Path:
     """The emulated libcuda with as many stages as the shipped kernel."""
-    return compile_emulator(build.STAGES)
+    return compile_emulator(compilers.STAGES)
 
 
 @dataclass
@@ -122,13 +122,21 @@ def make_case() -> Callable[..., tuple[Tensor, Tensor, Tensor, BlockLists]]:
     """Random q, k, v in a dtype and random lists for them."""
 
     def make(
-        patches: tuple[int, int], special: tuple[int, int], dtype: torch.dtype, *, batch: int = 1, heads: int = 1, seed: int = 0
+        patches: tuple[int, int],
+        special: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, BlockLists]:
         generator = torch.Generator().manual_seed(seed)
         q = torch.randn(batch, heads, patches[0] + special[0], 64, generator=generator) * 2
         k, v = (torch.randn(batch, heads, patches[1] + special[1], 64, generator=generator) for _ in range(2))
         rows, columns = -(-patches[0] // 128), -(-patches[1] // 64)
-        mask = torch.rand(batch, heads, rows, columns, generator=generator) < torch.rand(batch, heads, rows, 1, generator=generator)
+        mask = torch.rand(batch, heads, rows, columns, generator=generator) < torch.rand(
+            batch, heads, rows, 1, generator=generator
+        )
         mask.scatter_(-1, torch.randint(columns, (batch, heads, rows, 1), generator=generator), True)
         lists = BlockLists.from_mask(mask, *patches, 128, 64).check()
         return q.to(dtype), k.to(dtype), v.to(dtype), lists

@@ -71,7 +71,10 @@ int cuDriverGetVersion(int* version) {
 }
 
 int cuGetErrorString(int code, const char** text) {
-    static const std::map<int, const char*> texts = {{kInvalidValue, "invalid argument"}, {209, "no kernel image is available for execution on the device"}, {2, "out of memory"}, {kLaunchFailed, "unspecified launch failure"}};
+    static const std::map<int, const char*> texts = {{kInvalidValue, "invalid argument"},
+                                                     {209, "no kernel image is available for execution on the device"},
+                                                     {2, "out of memory"},
+                                                     {kLaunchFailed, "unspecified launch failure"}};
     const auto found = texts.find(code);
     if (found == texts.end()) return kInvalidValue;
     *text = found->second;
@@ -120,7 +123,11 @@ int cuCtxPopCurrent_v2(void** from) {
 int cuModuleLoadData(void** module, const void* image) {
     if (const int code = called("cuModuleLoadData")) return code;
     if (context == nullptr) return kInvalidContext;
-    if (memcmp(image, "\x7f" "ELF", 4) != 0) return kInvalidImage;
+    if (memcmp(image,
+               "\x7f"
+               "ELF",
+               4) != 0)
+        return kInvalidImage;
     *module = &functions;
     return kSuccess;
 }
@@ -141,17 +148,20 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     return kSuccess;
 }
 
-int cuTensorMapEncodeTiled(void* to, int type, uint32_t rank, void* base, const uint64_t* sizes, const uint64_t* strides,
-                           const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion,
-                           int fill) {
+int cuTensorMapEncodeTiled(void* to, int type, uint32_t rank, void* base, const uint64_t* sizes,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
     if (const int code = called("cuTensorMapEncodeTiled")) return code;
-    const bool known = (type == 6 || type == 9) && rank == 4 && interleave == 0 && swizzle == 3 && promotion >= 0 && promotion <= 3 && fill == 0;
-    if (!known || reinterpret_cast<uintptr_t>(to) % 64 != 0 || reinterpret_cast<uintptr_t>(base) % 16 != 0) return kInvalidValue;
+    const bool known = (type == 6 || type == 9) && rank == 4 && interleave == 0 && swizzle == 3 && promotion >= 0 &&
+                       promotion <= 3 && fill == 0;
+    if (!known || reinterpret_cast<uintptr_t>(to) % 64 != 0 || reinterpret_cast<uintptr_t>(base) % 16 != 0)
+        return kInvalidValue;
     machine::TensorMap map = {};
     map.base = static_cast<unsigned char*>(base);
     map.magic = machine::TensorMap::kMagic;
     for (int n = 0; n < 4; ++n) {
-        if (sizes[n] == 0 || sizes[n] > 1ull << 32 || box[n] == 0 || box[n] > 256 || steps[n] != 1) return kInvalidValue;
+        if (sizes[n] == 0 || sizes[n] > 1ull << 32 || box[n] == 0 || box[n] > 256 || steps[n] != 1)
+            return kInvalidValue;
         map.sizes[n] = sizes[n];
         map.box[n] = box[n];
     }
@@ -170,7 +180,8 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
     if (const int code = called("cuLaunchKernel")) return code;
     if (context == nullptr) return kInvalidContext;
     const Function& kernel = *static_cast<Function*>(function);
-    if (grid_x == 0 || grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra != nullptr) return kInvalidValue;
+    if (grid_x == 0 || grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra != nullptr)
+        return kInvalidValue;
     if (static_cast<int>(shared_bytes) > kernel.shared_bytes) return kInvalidValue;
     for (int n = 0; n < 3; ++n) {
         machine::TensorMap map;

@@ -42,7 +42,8 @@ inline int cta_count() { return machine::current->cta->count; }
 
 inline unsigned char* shared_memory() { return machine::current->cta->shared; }
 inline u32 shared_address(const void* pointer) {
-    return static_cast<u32>(static_cast<const unsigned char*>(pointer) - machine::current->cta->shared) + machine::kSharedBase;
+    return static_cast<u32>(static_cast<const unsigned char*>(pointer) - machine::current->cta->shared) +
+           machine::kSharedBase;
 }
 
 inline void check(const Barrier& barrier) {
@@ -53,7 +54,9 @@ inline void end_phase(Barrier& barrier) {
     barrier.phase ^= 1;
     barrier.pending = barrier.expected;
 }
-inline void init(Barrier& barrier, int arrivals) { barrier = {kMagic, 0, static_cast<unsigned>(arrivals), arrivals, 0}; }
+inline void init(Barrier& barrier, int arrivals) {
+    barrier = {kMagic, 0, static_cast<unsigned>(arrivals), arrivals, 0};
+}
 inline void publish_barriers() { machine::current->cta->barriers_published = true; }
 inline void arrive(Barrier& barrier) {
     machine::pause();
@@ -85,11 +88,11 @@ inline void load_box(void* to, const TensorMap& map, Barrier& barrier, int token
     memset(base + address, 0xFF, map.box_bytes());
     const int at[4] = {0, token, head, batch};
     const std::vector<int> where(at, at + 4);
-    cta.copies.push_back({[base, address, map, &barrier, where] {
+    machine::start_copy([base, address, map, &barrier, where] {
         map.copy_box(base, address, where.data());
         barrier.bytes -= map.box_bytes();
         end_phase(barrier);
-    }});
+    });
 }
 
 template <int Count>
@@ -148,7 +151,8 @@ u32 pack(float low, float high) {
     return second << 16 | first;
 }
 
-// Lane l receives row l / 4, elements 2 (l % 4) and the next one, of each matrix; lane l gave row l % 8 of matrix l / 8.
+// Lane l receives row l / 4, elements 2 (l % 4) and the next one, of each matrix; lane l gave row l % 8 of matrix l
+// / 8.
 inline void load_matrices(u32 (&to)[4], u32 address) {
     const u32* addresses = machine::meet("ldmatrix", address);
     const int lane = thread_index() % 32;

@@ -20,7 +20,8 @@ int emulator_problem_bytes() { return sizeof(Problem); }
 void emulator_item(const Problem* problem, int id, int room, int* to) {
     const Item item = locate(*problem, id);
     const Keys keys = find_keys(*problem, item);
-    const int head[6] = {item.pair, item.first_query, item.query_count, tile_count(keys), clean_tiles(keys), keys.entries};
+    const int head[6] = {item.pair,        item.first_query,  item.query_count,
+                         tile_count(keys), clean_tiles(keys), keys.entries};
     memcpy(to, head, sizeof(head));
     for (int entry = 0; entry < room; ++entry) {
         to[6 + 2 * entry] = first_key(keys, entry);

@@ -13,6 +13,7 @@ constexpr size_t kStack = 64 * 1024;
 jmp_buf scheduler;
 std::vector<std::unique_ptr<char[]>> stacks;
 const std::function<void()>* entry_point = nullptr;
+std::mt19937 lateness;
 
 __attribute__((noinline)) void to_scheduler() {
     if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
@@ -42,13 +43,16 @@ bool can_run(Thread& thread) {
 struct Agent {
     double weight;
     std::function<bool()> step;
+    bool asleep = false;
 };
 
-bool step_warp(Cta& cta, int warp) {
+bool step_warp(Cta& cta, int warp, std::mt19937_64& random) {
     bool any = false;
+    const uint64_t draw = random();
+    const uint32_t lanes = static_cast<uint32_t>(draw | draw >> 32);  // three in four go on
     for (int lane = 0; lane < kLanes && error.empty(); ++lane) {
         Thread& thread = *cta.lanes[warp * kLanes + lane];
-        if (can_run(thread)) {
+        if ((lanes >> lane & 1) != 0 && can_run(thread)) {
             resume(thread);
             any = true;
         }
@@ -56,12 +60,33 @@ bool step_warp(Cta& cta, int warp) {
     return any;
 }
 
+// Copies complete in any order, a third of them as late as possible.
 bool step_copies(Cta& cta, std::mt19937_64& random) {
-    if (cta.copies.empty()) return false;
-    const size_t which = random() % cta.copies.size();  // copies complete in any order
-    Copy copy = std::move(cta.copies[which]);
-    cta.copies.erase(cta.copies.begin() + which);
-    copy.run();
+    const size_t size = cta.copies.size(), first = size == 0 ? 0 : random() % size;
+    for (size_t n = 0; n < size; ++n) {
+        const size_t which = (first + n) % size;
+        if (cta.copies[which].late) continue;
+        Copy copy = std::move(cta.copies[which]);
+        cta.copies.erase(cta.copies.begin() + which);
+        copy.run();
+        return true;
+    }
+    return false;
+}
+
+// Let one sleeping agent or one late copy go on; false if there is none.
+bool wake_one(std::vector<Agent>& agents, std::vector<std::unique_ptr<Cta>>& grid, std::mt19937_64& random) {
+    std::vector<bool*> found;
+    for (Agent& agent : agents) {
+        if (agent.asleep) found.push_back(&agent.asleep);
+    }
+    for (auto& cta : grid) {
+        for (Copy& copy : cta->copies) {
+            if (copy.late) found.push_back(&copy.late);
+        }
+    }
+    if (found.empty()) return false;
+    *found[random() % found.size()] = false;
     return true;
 }
 
@@ -119,13 +144,15 @@ std::string left_behind(const Cta& cta) {
 void fail(const std::string& what) {
     if (error.empty()) {
         error = what;
-        if (current != nullptr) error += " (CTA " + std::to_string(current->cta->index) + ", thread " + std::to_string(current->index) + ")";
+        if (current != nullptr)
+            error +=
+                " (CTA " + std::to_string(current->cta->index) + ", thread " + std::to_string(current->index) + ")";
     }
     if (current != nullptr) {
         current->done = true;
         to_scheduler();
     }
-    abort();  // only reached if called outside a fiber, where `note` is meant
+    abort();  // the scheduler itself breaks no rules
 }
 
 void block(bool (*ready)(void*), void* argument, const char* what) {
@@ -138,11 +165,14 @@ void block(bool (*ready)(void*), void* argument, const char* what) {
 
 void pause() { to_scheduler(); }
 
+void start_copy(std::function<void()> run) { current->cta->copies.push_back({std::move(run), lateness() % 3 == 0}); }
+
 const uint32_t* meet(const char* what, uint32_t value) {
     const int warp = current->index / kLanes;
     Meeting& meeting = current->cta->meetings[warp];
     if (meeting.arrived == 0) meeting.what = what;
-    if (strcmp(meeting.what, what) != 0) fail(std::string("Lanes of a warp meet at ") + meeting.what + " and at " + what + ".");
+    if (strcmp(meeting.what, what) != 0)
+        fail(std::string("Lanes of a warp meet at ") + meeting.what + " and at " + what + ".");
     const uint64_t generation = meeting.generation;
     uint32_t* values = meeting.values[generation % 2];
     values[current->index % kLanes] = value;
@@ -168,7 +198,8 @@ void sync_named(int id, int threads, bool wait) {
 }
 
 unsigned char* at(uint32_t address, size_t bytes) {
-    if (address < kSharedBase || address + bytes > kSharedBase + current->cta->shared_bytes) fail("Shared memory is accessed out of bounds.");
+    if (address < kSharedBase || address + bytes > kSharedBase + current->cta->shared_bytes)
+        fail("Shared memory is accessed out of bounds.");
     return current->cta->shared + (address - kSharedBase);
 }
 
@@ -176,6 +207,7 @@ bool launch(int ctas, int threads, size_t shared_bytes, uint64_t seed, const std
     error.clear();
     entry_point = &entry;
     std::mt19937_64 random(seed);
+    lateness.seed(seed);
     std::vector<std::unique_ptr<Cta>> grid;
     std::vector<Agent> agents;
     size_t stack = 0;
@@ -184,21 +216,30 @@ bool launch(int ctas, int threads, size_t shared_bytes, uint64_t seed, const std
     for (int index = 0; index < ctas; ++index) {
         grid.push_back(make_cta(index, ctas, threads, shared_bytes, stack));
         Cta& cta = *grid.back();
-        for (int warp = 0; warp < threads / kLanes; ++warp) agents.push_back({speed(), [&cta, warp] { return step_warp(cta, warp); }});
+        for (int warp = 0; warp < threads / kLanes; ++warp)
+            agents.push_back({speed(), [&cta, warp, &random] { return step_warp(cta, warp, random); }});
         agents.push_back({speed(), [&cta, &random] { return step_copies(cta, random); }});
-        for (Warpgroup& group : cta.groups) agents.push_back({speed(), [&cta, &group] { return execute_product(cta, group); }});
+        for (Warpgroup& group : cta.groups)
+            agents.push_back({speed(), [&cta, &group] { return execute_product(cta, group); }});
     }
     std::vector<double> weights;
     for (const Agent& agent : agents) weights.push_back(agent.weight);
     std::discrete_distribution<size_t> pick(weights.begin(), weights.end());
+    const auto step = [&](Agent& agent) {
+        if (agent.asleep || !agent.step()) return false;
+        agent.asleep = random() % 32 == 0;  // until nothing else can go on
+        return true;
+    };
     for (int idle = 0; error.empty();) {
-        if (agents[pick(random)].step()) {
+        if (step(agents[pick(random)])) {
             idle = 0;
         } else if (++idle > 64) {
             bool any = false;
             const size_t first = random() % agents.size();
-            for (size_t n = 0; n < agents.size() && !any && error.empty(); ++n) any = agents[(first + n) % agents.size()].step();
-            if (any) continue;
+            // Many times: a warp's step leaves out some of its lanes.
+            for (size_t n = 0; n < 16 * agents.size() && !any && error.empty(); ++n)
+                any = step(agents[(first + n) % agents.size()]);
+            if (any || wake_one(agents, grid, random)) continue;
             bool all_done = true;
             for (const auto& cta : grid) {
                 for (const auto& thread : cta->lanes) all_done = all_done && thread->done;

@@ -71,6 +71,7 @@ struct Product {
 
 struct Copy {
     std::function<void()> run;
+    bool late = false;  // completes only once nothing else can go on
 };
 
 struct Warpgroup {
@@ -113,6 +114,9 @@ void block_until(const char* what, Condition condition) {
 
 // Let others run once; called wherever a schedule may cut in.
 void pause();
+
+// Have a copy of this CTA happen some time later.
+void start_copy(std::function<void()> run);
 
 // All lanes of the warp meet; returns what each lane brought.
 const uint32_t* meet(const char* what, uint32_t value);

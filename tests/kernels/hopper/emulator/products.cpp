@@ -98,16 +98,20 @@ bool execute_product(Cta& cta, Warpgroup& group) {
     return true;
 }
 
-void issue_product(int columns, bool transposed, bool half, bool add, const uint32_t* a, uint64_t descriptor, float* c) {
+void issue_product(int columns, bool transposed, bool half, bool add, const uint32_t* a, uint64_t descriptor,
+                   float* c) {
     meet("wgmma.mma_async", 0);
     Thread& thread = *current;
     if (!thread.fenced) fail("A product is issued without wgmma.fence.");
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("The emulator knows descriptors of the 128-byte swizzle at offset 0 alone.");
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+        fail("The emulator knows descriptors of the 128-byte swizzle at offset 0 alone.");
     Warpgroup& group = thread.cta->groups[thread.index / 128];
     const size_t index = thread.issued++ - group.first;
     if (index == group.products.size()) group.products.push_back({columns, transposed, half, add, descriptor});
     Product& product = group.products[index];
-    if (product.columns != columns || product.transposed != transposed || product.half != half || product.add != add || product.descriptor != descriptor) fail("The threads of a warpgroup issue different products.");
+    if (product.columns != columns || product.transposed != transposed || product.half != half || product.add != add ||
+        product.descriptor != descriptor)
+        fail("The threads of a warpgroup issue different products.");
     product.a[thread.index % 128] = a;
     product.c[thread.index % 128] = c;
     ++product.issued;

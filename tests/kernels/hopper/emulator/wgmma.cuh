@@ -17,7 +17,7 @@ void wait_products() {
 }
 
 template <int Count>
-void now_valid(float (&registers)[Count]) {
+void pin(float (&registers)[Count]) {
     machine::check_valid(registers);
 }
 
