@@ -32,7 +32,6 @@ def select(
     scale: float | None = None,
     selector: str = "mass",
     head_totals: Sequence[int] | None = None,
-    total: int | None = None,
 ) -> BlockLists:
     """Choose the key blocks that each query block keeps.
 
@@ -54,7 +53,6 @@ def select(
         selector: a name in `SELECTORS`. "mass" takes the most probable blocks of the block map.
         head_totals: pairs that each head keeps, `[H]`, the same for every item, if the host knows them, as it does
             for a fixed sparsity. Trusted on a GPU, where they decide what is allocated.
-        total: their sum over heads and items, for a caller that knows no more.
 
     Returns:
         Lists on the device of q, ascending in each row. Without totals a GPU's lists are not `exact`: they have room
@@ -68,7 +66,7 @@ def select(
     if selector not in SELECTORS:
         raise SparsityError(f"There is no selector {selector!r}; choose one of {', '.join(SELECTORS)}.")
     pooled = pool(q, k, block_q, block_k, scale=scale)
-    return SELECTORS[selector](pooled, counts=counts, budgets=budgets, head_totals=head_totals, total=total)
+    return SELECTORS[selector](pooled, counts=counts, budgets=budgets, head_totals=head_totals)
 
 
 @torch.no_grad()
@@ -78,7 +76,6 @@ def select_mass(
     counts: Tensor | None = None,
     budgets: Tensor | None = None,
     head_totals: Sequence[int] | None = None,
-    total: int | None = None,
 ) -> BlockLists:
     """The selector "mass": the most probable blocks of each row; see `select`."""
     _check_amounts(pooled, counts, budgets)
@@ -90,7 +87,7 @@ def select_mass(
     counts = counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
     row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
-    length, exact = _length(pooled, row_ptr, head_totals, total)
+    length, exact = _length(pooled, row_ptr, head_totals)
     col = torch.empty(length + 1, dtype=torch.int32, device=counts.device)
     rows.fill(counts, row_ptr, col)
     return BlockLists(
@@ -121,15 +118,12 @@ def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:
 
 
 SELECTORS: dict[str, Selector] = {"mass": select_mass}
-"""Rules that fill a budget: `(pooled, *, counts, budgets, head_totals, total) -> BlockLists`."""
+"""Rules that fill a budget: `(pooled, *, counts, budgets, head_totals) -> BlockLists`."""
 
 
-def _length(
-    pooled: PooledTokens, row_ptr: Tensor, head_totals: Sequence[int] | None, total: int | None
-) -> tuple[int, bool]:
+def _length(pooled: PooledTokens, row_ptr: Tensor, head_totals: Sequence[int] | None) -> tuple[int, bool]:
     """Length of the lists, and whether that is exact or what they are at most."""
-    if head_totals is not None:
-        total = pooled.batch * sum(head_totals)
+    total = None if head_totals is None else pooled.batch * sum(head_totals)
     if row_ptr.device.type == "cpu":
         kept = int(row_ptr[-1])
         if total is not None and total != kept:

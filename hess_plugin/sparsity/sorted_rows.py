@@ -39,7 +39,8 @@ class SortedRows:
         gains = torch.empty(pooled.q.shape[:2], device=pooled.q.device)
         for heads, rows, scores, ranked in self._ranked():
             at = nth[heads].unsqueeze(-1).expand(-1, ranked.shape[1], 1)
-            gains[heads, rows] = ranked.gather(-1, at).squeeze(-1) - scores.logsumexp(-1)
+            top = ranked[..., :1]
+            gains[heads, rows] = (ranked.gather(-1, at) - top).squeeze(-1) - (scores - top).exp_().sum(-1).log_()
         # Rows that no softmax ranks, of nothing but -inf or with an inf, gain nothing.
         gains.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
         return spread(budgets, pooled.rows, pooled.columns, gains).clamp_(1, pooled.columns)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hess_plugin_cuda.backends import Problem
-
 if TYPE_CHECKING:
     from .rows import MapRows
 
@@ -24,20 +22,20 @@ def uses_triton(device: torch.device) -> bool:
 
     While a CUDA graph is captured nothing can be tried, and Triton is taken where it can run.
     """
-    return device.type == "cuda" and (_works(device) if not torch.cuda.is_current_stream_capturing() else _runs(device))
+    if device.type != "cuda":
+        return False
+    return _refusal(device) is None if torch.cuda.is_current_stream_capturing() else _works(device)
 
 
-def _runs(device: torch.device) -> bool:
-    from hess_plugin_cuda.triton import refusal
+def _refusal(device: torch.device) -> str | None:
+    from hess_plugin_cuda.triton.support import device_refusal
 
-    return refusal(Problem(device, torch.float32)) is None
+    return device_refusal(device)
 
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    from hess_plugin_cuda.triton import refusal
-
-    reason = refusal(Problem(device, torch.float32)) or failure(device)
+    reason = _refusal(device) or failure(device)
     if reason is not None:
         _log.warning("blocks on %s are chosen by sorting, which is slower than Triton's way: %s", device, reason)
     return reason is None

@@ -4,6 +4,9 @@ Both compute the probabilities again from the log-sum-exp. Neither adds to memor
 runs give the same bits.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Arguments of kernels are described in words: to a type checker, the language of Triton has no types.
+
 from __future__ import annotations
 
 import triton
@@ -203,22 +206,16 @@ def key_kernel(
         lse = tl.load(LSE + start + places) * 1.4426950408889634
         delta = tl.load(DELTA + start + places)
         start = step_start(ROWS_OF, step + 1, first, listed, base, BLOCK, STEP).to(tl.int64)
-        k_sums, v_sums = key_step(
-            k, v, q, flow, lse, delta, None, k_sums, v_sums, scale, False, UPCAST, PRECISION
-        )
+        k_sums, v_sums = key_step(k, v, q, flow, lse, delta, None, k_sums, v_sums, scale, False, UPCAST, PRECISION)
     for step in tl.range(steps, entries * SPLIT, num_stages=1):
-        start, end = last_step(
-            ROWS_OF, step, first, listed, full, base, ragged, query_patches, queries, BLOCK, STEP
-        )
+        start, end = last_step(ROWS_OF, step, first, listed, full, base, ragged, query_patches, queries, BLOCK, STEP)
         ok = places < end - start
         start = start.to(tl.int64)
         q = tl.load(Q + start * q_token + q_inner, mask=ok[:, None], other=0.0)
         flow = tl.load(FLOW + start * flow_token + flow_inner, mask=ok[:, None], other=0.0)
         lse = tl.load(LSE + start + places, mask=ok, other=0.0) * 1.4426950408889634
         delta = tl.load(DELTA + start + places, mask=ok, other=0.0)
-        k_sums, v_sums = key_step(
-            k, v, q, flow, lse, delta, ok, k_sums, v_sums, scale, True, UPCAST, PRECISION
-        )
+        k_sums, v_sums = key_step(k, v, q, flow, lse, delta, ok, k_sums, v_sums, scale, True, UPCAST, PRECISION)
 
     K_GRAD += item * k_grad_item + head * k_grad_head + first_key * k_grad_token
     k_grad = (k_sums * factor).to(K_GRAD.dtype.element_ty)

@@ -38,7 +38,7 @@ def compiled_configurations() -> list[CompiledConfiguration]:
     from .backward_kernels import key_kernel, query_kernel
     from .forward_kernel import forward_kernel
 
-    found = []
+    found: list[CompiledConfiguration] = []
     for case in _CASES:
         found += _forward(forward_kernel, *case)
         found += _backward("gradient of q", query_kernel, query_configuration, *case)

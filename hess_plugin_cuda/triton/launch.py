@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import BlockLists, block_count
-from ..schedule import order_of, work_order
+from hess_plugin_cuda.lists import BlockLists, block_count
+from hess_plugin_cuda.schedule import order_of, work_order
+
 from .configurations import Configuration, forward_configuration, key_configuration, query_configuration
 from .support import is_interpreted
 from .transposed import transposed
@@ -119,7 +120,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _tokens(q: Tensor, k: Tensor, lists: BlockLists) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ..backends import Problem
+    from hess_plugin_cuda.backends import Problem
 
 WIDTHS = (16, 32, 64, 128)
 BLOCKS = (16, 32, 64, 128)
@@ -20,9 +20,9 @@ def refusal(problem: Problem) -> str | None:
 
     Under TRITON_INTERPRET=1, set before Triton is imported, it runs anywhere: that is for tests, and slow.
     """
-    missing = missing_triton()
-    if missing is not None:
-        return missing
+    refused = device_refusal(problem.device)
+    if refused is not None:
+        return refused
     # In float32 a tile's operands do not fit the registers, and products of tensor cores are not exact enough.
     if problem.dtype not in DTYPES and not (problem.dtype == torch.float32 and is_interpreted()):
         return "it computes bfloat16 and float16"
@@ -30,7 +30,13 @@ def refusal(problem: Problem) -> str | None:
         return f"it needs a head width of {_one_of(WIDTHS)}"
     if problem.block_q not in BLOCKS or problem.block_k not in BLOCKS:
         return f"it needs blocks of {_one_of(BLOCKS)} tokens"
-    return None if is_interpreted() else _unfit(problem.device)
+    return None
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Say in a few words why no kernel of Triton can run on a device, or None if one can."""
+    missing = missing_triton()
+    return _unfit(device) if missing is None and not is_interpreted() else missing
 
 
 @functools.cache

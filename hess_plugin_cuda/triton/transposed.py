@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..lists import BlockLists
+from hess_plugin_cuda.lists import BlockLists
 
 
 def transposed(lists: BlockLists) -> tuple[Tensor, Tensor]:

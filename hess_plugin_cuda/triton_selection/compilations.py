@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..triton.compiled import CompiledConfiguration
+from hess_plugin_cuda.triton.compiled import CompiledConfiguration
+
 from .shapes import RowShape, emission_shape, row_shape
 
 # One of each kind: a warp alone, several, as many as there are with 16 and with 32 columns a thread, rows read in
 # pieces. Rows of other lengths are as many columns to a thread as one of these.
 _COLUMNS = (512, 4096, 16384, 32768, 32769)
+
+_STAGES = 3  # what Triton takes where nothing is said
 
 _TYPES = {
     "SCORES": "*fp32", "GAINS": "*fp32", "BUDGETS": "*i64", "STARTS": "*i64", "COUNTS": "*i64", "KEYS": "*i32",
@@ -36,7 +39,7 @@ def _scores() -> Iterator[CompiledConfiguration]:
         warps = options.pop("num_warps")
         types = {"X": f"*{kind}", "OUT": "*fp32", **strides, **sizes, "scale": "fp32"}
         aligned = ("X", "OUT", *strides)
-        yield CompiledConfiguration(f"pooling {kind} d64", pool_kernel, types, options, aligned, warps, 3)
+        yield CompiledConfiguration(f"pooling {kind} d64", pool_kernel, types, options, aligned, warps, _STAGES)
     types = {"Q": "*fp32", "K": "*fp32", "SCORES": "*fp32", "q_head": "i64", "k_head": "i64"}
     types |= {name: "i32" for name in ("rows", "columns", "stride")}
     aligned = ("Q", "K", "SCORES", "q_head", "k_head", "stride")
@@ -68,4 +71,7 @@ def _row(name: str, kernel: Any, shape: RowShape) -> CompiledConfiguration:
     aligned = tuple(argument for argument in types if argument.isupper() or argument == "stride")
     sizes = {"SIZE": shape.size, "WHOLE": shape.whole, "TILE": shape.tile}
     constants = {argument: value for argument, value in sizes.items() if argument in arguments}
-    return CompiledConfiguration(name, kernel, types, constants, aligned, shape.warps, 3)
+    options = dict(shape.options)
+    return CompiledConfiguration(
+        name, kernel, types, constants, aligned, options.pop("num_warps"), _STAGES, options=options
+    )

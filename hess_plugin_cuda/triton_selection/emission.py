@@ -44,5 +44,5 @@ def choose_kernel(
     start = tl.load(STARTS + row)
     n = (tl.load(STARTS + row + 1) - start).to(tl.int32)
     keys = load_keys(scores, 0, columns, stride, SIZE)
-    key, cut = nth_largest(keys, scores, n, columns, stride, SIZE, WHOLE)
+    key, cut = nth_largest(keys, scores, n, columns, stride, SIZE, WHOLE, TILE)
     _emit(scores, COL + start, key, cut, columns, stride, TILE)

@@ -67,7 +67,7 @@ def pool(x: Tensor, block: int, scale: float = 1.0) -> Tensor:
     grid = (blocks, batch * heads)
     strides = x.stride()[:3]
     options = pool_options(block, width)
-    launch(pool_kernel, grid, x.device, x, out, *strides, heads, tokens, blocks, scale, **options)
+    launch(pool_kernel, grid, x.device, x, out, *strides, heads, tokens, blocks, float(scale), **options)
     return out
 
 
@@ -114,7 +114,7 @@ def find_thresholds(scores: Tensor, columns: int, first: int, budgets: Tensor, r
     launch(
         threshold_kernel, (scores.shape[0],), scores.device, scores, budgets, found.keys, found.cuts, found.gains,
         first, columns, scores.stride(0), rows, SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile,
-        num_warps=shape.warps,
+        **shape.options,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def spread(budgets: Tensor, columns: int, rows: int, found: Thresholds) -> Tenso
     counts = torch.empty(heads, rows, dtype=torch.int64, device=budgets.device)
     launch(
         spread_kernel, (heads,), budgets.device, found.gains, budgets, found.cuts, counts, columns, rows,
-        SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, num_warps=shape.warps,
+        SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, **shape.options,
     )  # fmt: skip
     return counts
 
@@ -153,7 +153,7 @@ def emit(scores: Tensor, columns: int, first: int, found: Thresholds, row_ptr: T
     shape = emission_shape(columns)
     launch(
         emit_kernel, (scores.shape[0],), scores.device, scores, found.keys, found.cuts, row_ptr, col, first, columns,
-        scores.stride(0), TILE=shape.tile, num_warps=shape.warps,
+        scores.stride(0), TILE=shape.tile, **shape.options,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def choose(scores: Tensor, columns: int, first: int, row_ptr: Tensor, col: Tenso
     shape = row_shape(columns)
     launch(
         choose_kernel, (scores.shape[0],), scores.device, scores, row_ptr, col, first, columns, scores.stride(0),
-        SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, num_warps=shape.warps,
+        SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, **shape.options,
     )  # fmt: skip
 
 
@@ -188,5 +188,5 @@ def count(scores: Tensor, columns: int, first: int, counts: Tensor, share: float
     shape = row_shape(columns)
     launch(
         count_kernel, (scores.shape[0],), scores.device, scores, counts, first, columns, scores.stride(0), share,
-        least, SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, num_warps=shape.warps,
+        least, SIZE=shape.size, WHOLE=shape.whole, TILE=shape.tile, **shape.options,
     )  # fmt: skip

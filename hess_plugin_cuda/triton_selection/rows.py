@@ -84,33 +84,23 @@ def neighbours(keys, row, low, high, columns, stride, SIZE: tl.constexpr, WHOLE:
 
 
 @triton.jit
-def last_tie(keys, row, key, columns, stride, SIZE: tl.constexpr, WHOLE: tl.constexpr):
-    """The highest column of a row whose key is `key`."""
-    places = tl.arange(0, SIZE)
-    if WHOLE:
-        last = tl.max(tl.where(keys == key, places, 0), 0)
-    else:
-        most = tl.zeros([SIZE], tl.int32)
-        for start in range(0, columns, SIZE):
-            tied = load_keys(row, start, columns, stride, SIZE) == key
-            most = tl.maximum(most, tl.where(tied, start + places, 0))
-        last = tl.max(most, 0)
-    return last
+def last_tie(row, key, columns, stride, TILE: tl.constexpr):
+    """The highest column of a row whose key is `key`. Reads the row again: columns beside keys are many registers."""
+    most = tl.zeros([TILE], tl.int32)
+    for start in range(0, columns, TILE):
+        tied = load_keys(row, start, columns, stride, TILE) == key
+        most = tl.maximum(most, tl.where(tied, start + tl.arange(0, TILE), 0))
+    return tl.max(most, 0)
 
 
 @triton.jit
-def ties_up_to(keys, row, key, column, columns, stride, SIZE: tl.constexpr, WHOLE: tl.constexpr):
-    """How many columns of a row up to `column`, that one included, have the key `key`."""
-    places = tl.arange(0, SIZE)
-    if WHOLE:
-        count = tl.sum(((keys == key) & (places <= column)).to(tl.int32), 0)
-    else:
-        counts = tl.zeros([SIZE], tl.int32)
-        for start in range(0, column + 1, SIZE):
-            tied = load_keys(row, start, columns, stride, SIZE) == key
-            counts += (tied & (start + places <= column)).to(tl.int32)
-        count = tl.sum(counts, 0)
-    return count
+def ties_up_to(row, key, column, columns, stride, TILE: tl.constexpr):
+    """How many columns of a row up to `column`, that one included, have the key `key`. Reads the row again."""
+    counts = tl.zeros([TILE], tl.int32)
+    for start in range(0, column + 1, TILE):
+        tied = load_keys(row, start, columns, stride, TILE) == key
+        counts += (tied & (start + tl.arange(0, TILE) <= column)).to(tl.int32)
+    return tl.sum(counts, 0)
 
 
 @triton.jit
@@ -139,7 +129,7 @@ def is_finite(score):
 
 
 @triton.jit
-def nth_largest(keys, row, n, columns, stride, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+def nth_largest(keys, row, n, columns, stride, SIZE: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
     """Find what separates the n largest of a row from the rest, ties to the lower column, by bisection.
 
     Args:
@@ -150,6 +140,7 @@ def nth_largest(keys, row, n, columns, stride, SIZE: tl.constexpr, WHOLE: tl.con
         stride: of the rows of scores.
         SIZE: keys at once, at least `columns` where the row is whole.
         WHOLE: whether `keys` holds the row.
+        TILE: columns at once where it is read again.
 
     Returns:
         key: of the n-th largest score.
@@ -169,12 +160,13 @@ def nth_largest(keys, row, n, columns, stride, SIZE: tl.constexpr, WHOLE: tl.con
         middle = (low & high) + ((low ^ high) >> 1)
     above, below = neighbours(keys, row, low, high, columns, stride, SIZE, WHOLE)
     key = tl.where(from_low == n, above, below)
-    wanted = n - count_from(keys, row, key + 1, columns, stride, SIZE, WHOLE)
-    right = last_tie(keys, row, key, columns, stride, SIZE, WHOLE)
-    left = tl.where(ties_up_to(keys, row, key, right, columns, stride, SIZE, WHOLE) == wanted, right, 0)
+    above = count_from(keys, row, key + 1, columns, stride, SIZE, WHOLE)
+    tied = count_from(keys, row, key, columns, stride, SIZE, WHOLE) - above
+    right = last_tie(row, key, columns, stride, TILE)
+    left = tl.where(above + tied == n, right, 0)
     while left < right:
         middle = (left + right) // 2
-        enough = ties_up_to(keys, row, key, middle, columns, stride, SIZE, WHOLE) >= wanted
+        enough = ties_up_to(row, key, middle, columns, stride, TILE) >= n - above
         left, right = tl.where(enough, left, middle + 1), tl.where(enough, middle, right)
     return key, right
 

@@ -25,6 +25,16 @@ class RowShape(NamedTuple):
     warps: int
 
     @property
+    def options(self) -> dict[str, int]:
+        """What a launch says of threads.
+
+        With 16 columns for each of 1024 threads the assembler gives some kernels half of the registers, so that two
+        programs fit, and spills; asked for all of them it does not. With 32 columns it is the other way round.
+        """
+        registers = {"maxnreg": 64} if self.size == 512 * self.warps and self.warps == 32 else {}
+        return {"num_warps": self.warps, **registers}
+
+    @property
     def tile(self) -> int:
         """Columns at once where a row is read in pieces to do more with each than compare: at most 8 a thread."""
         return min(self.size, 256 * self.warps, _PIECE)
@@ -33,13 +43,13 @@ class RowShape(NamedTuple):
 def row_shape(columns: int) -> RowShape:
     """Find how a program holds a row of so many columns."""
     if columns > LONGEST_ROW:
-        return RowShape(_PIECE, False, 8)
+        return RowShape(_PIECE, False, max(1, _PIECE // 256))
     size = max(32, power_of_two(columns))
     return RowShape(size, True, min(32, max(1, size // 512)))
 
 
 def emission_shape(columns: int) -> RowShape:
-    """Find how a program reads a row to write its list: in pieces, so that several programs hide each other's waiting."""
+    """Find how a program reads a row to write its list: in pieces, so that programs hide one another's waiting."""
     return row_shape(min(columns, _PIECE))
 
 

@@ -24,7 +24,7 @@ def threshold_kernel(
     n = tl.minimum(tl.maximum(share, 0) + 1, columns).to(tl.int32)
     largest, total = row_total(scores, columns, stride, TILE)
     keys = load_keys(scores, 0, columns, stride, SIZE)
-    key, cut = nth_largest(keys, scores, n, columns, stride, SIZE, WHOLE)
+    key, cut = nth_largest(keys, scores, n, columns, stride, SIZE, WHOLE, TILE)
     gain = scores_of(key) - largest - tl.log(total)
     tl.store(KEYS + row, key)
     tl.store(CUTS + row, cut)
@@ -42,7 +42,7 @@ def spread_kernel(
     budget = tl.minimum(tl.maximum(tl.load(BUDGETS + head), 0), rows.to(tl.int64) * columns)
     share, extra = (budget // rows).to(tl.int32), (budget % rows).to(tl.int32)
     keys = load_keys(gains, 0, rows, rows, SIZE)
-    key, cut = nth_largest(keys, gains, tl.maximum(extra, 1), rows, rows, SIZE, WHOLE)
+    key, cut = nth_largest(keys, gains, tl.maximum(extra, 1), rows, rows, SIZE, WHOLE, TILE)
     for start in range(0, rows, TILE):
         places = start + tl.arange(0, TILE)
         inside = places < rows

@@ -33,6 +33,7 @@ def cannot_run() -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
 def test_kernels(file: Path) -> None:
     reason = cannot_run()

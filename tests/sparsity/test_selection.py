@@ -22,7 +22,12 @@ from hess_plugin.sparsity import (
     select_from_map,
     spread,
     target_total,
+    triton_trial,
 )
+from hess_plugin.sparsity.rows import rows_of
+from hess_plugin.sparsity.sorted_rows import SortedRows
+from hess_plugin.sparsity.triton_trial import uses_triton
+from hess_plugin_cuda.triton import support
 
 BLOCK_Q, BLOCK_K = 8, 4
 
@@ -81,7 +86,7 @@ def test_budgets_are_spread_by_the_next_best_block(
     weights = torch.rand(batch, heads, generator=torch.Generator().manual_seed(seed)) ** 3
     total = target_total(sparsity, heads, rows, columns)
     budgets = allocate(total, weights, rows=rows, columns=columns)
-    ranked = probabilities.sort(-1, descending=True).values
+    ranked = probabilities.log().sort(-1, descending=True).values
     gains = torch.zeros(batch, heads, rows)
     for item in range(batch):
         for head in range(heads):
@@ -89,7 +94,7 @@ def test_budgets_are_spread_by_the_next_best_block(
             gains[item, head] = ranked[item, head, :, min(base, columns - 1)]
     counts = spread(budgets, rows, columns, gains)
     expected = expected_mask(probabilities, counts)
-    lists = select(q, k, block_q=BLOCK_Q, block_k=BLOCK_K, budgets=budgets, total=batch * total).check()
+    lists = select(q, k, block_q=BLOCK_Q, block_k=BLOCK_K, budgets=budgets).check()
     assert lists.kept == batch * total
     assert torch.equal(lists.counts().sum(-1), budgets)
     assert torch.equal(lists.to_mask(), expected)
@@ -155,6 +160,47 @@ def test_all_blocks_is_full_lists() -> None:
     assert select(q, k, block_q=8, block_k=4, budgets=torch.full((2, 3), 50)).is_full
 
 
+def test_scores_are_ranked_where_their_probabilities_vanish() -> None:
+    q = torch.ones(1, 1, 4, 1)
+    k = torch.tensor([0.0, -300.0, -200.0, -250.0, 0.0, -400.0]).view(1, 1, 6, 1)
+    assert block_map(q, k, 4, 1)[0, 0, 0].tolist() == [0.5, 0.0, 0.0, 0.0, 0.5, 0.0]
+    lists = select(q, k, block_q=4, block_k=1, counts=torch.tensor([[[4]]]))
+    assert lists.col.tolist() == [0, 2, 3, 4]
+
+
+def test_what_is_no_number_comes_last_and_zeros_are_equal() -> None:
+    q = torch.ones(1, 1, 1, 1)
+    k = torch.tensor([float("nan"), -0.0, 0.0, float("-inf"), -1e38, -0.0]).view(1, 1, 6, 1)
+    chosen = [select(q, k, block_q=1, block_k=1, counts=torch.tensor([[[n]]])).col.tolist() for n in (1, 2, 3, 4, 5, 6)]
+    assert chosen == [[1], [1, 2], [1, 2, 5], [1, 2, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]
+
+
+def test_gains_of_vanishing_probabilities_are_compared() -> None:
+    q = torch.tensor([1.0, 2.0, 1.0]).view(1, 1, 3, 1)
+    k = torch.tensor([0.0, -120.0]).view(1, 1, 2, 1)
+    lists = select(q, k, block_q=1, block_k=1, budgets=torch.tensor([[5]]))
+    assert lists.counts().tolist() == [[[2, 1, 2]]]  # exp(-240) is 0 in float32, exp(-120) as well
+
+
+def test_totals_of_heads_are_told_to_the_lists() -> None:
+    q, k = whole_numbers(2, 3, 5, 0)
+    totals = (50, 17, 20)
+    arguments: dict[str, Any] = {"block_q": BLOCK_Q, "block_k": BLOCK_K, "budgets": torch.tensor([totals, totals])}
+    lists = select(q, k, head_totals=totals, **arguments).check()
+    assert (lists.head_kept, lists.exact) == (totals, True)
+    assert select(q, k, **arguments).head_kept is None
+    with pytest.raises(SparsityError, match="keep 174 pairs in all; the totals say 176"):
+        select(q, k, head_totals=(50, 17, 21), **arguments)
+    with pytest.raises(SparsityError, match="head_totals must be those of 3 heads; got 2"):
+        select(q, k, head_totals=(50, 17), **arguments)
+
+
+def test_a_cpu_sorts() -> None:
+    pooled = pool(*whole_numbers(1, 1, 2, 0), BLOCK_Q, BLOCK_K)
+    assert not uses_triton(pooled.q.device)
+    assert isinstance(rows_of(pooled), SortedRows)
+
+
 def test_nan_tokens_give_valid_lists() -> None:
     q, k = torch.full((2, 1, 2, 40, 4), float("nan")).unbind(0)
     lists = select(q, k, block_q=8, block_k=4, budgets=torch.tensor([[17, 20]])).check()
@@ -189,3 +235,25 @@ def test_refuses(amounts: dict[str, object], says: str) -> None:
     q, k = whole_numbers(1, 2, 5, 0)
     with pytest.raises(SparsityError, match=says):
         select(q, k, block_q=8, block_k=4, **amounts)  # type: ignore[arg-type]
+
+
+def test_on_a_graphics_card_triton_chooses_blocks_where_it_runs_and_agrees(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card, found = torch.device("cuda", 0), ["a trial chose other blocks", None]
+    monkeypatch.setattr(support, "missing_triton", lambda: None)
+    monkeypatch.setattr(support, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_trial, "failure", lambda device: found[-1])
+    triton_trial._works.cache_clear()
+    try:
+        assert triton_trial.uses_triton(card) and not triton_trial.uses_triton(torch.device("cpu"))
+        triton_trial._works.cache_clear()
+        found.pop()
+        assert not triton_trial.uses_triton(card) and not triton_trial.uses_triton(card)
+    finally:
+        triton_trial._works.cache_clear()
+    (record,) = caplog.records
+    assert "chosen by sorting" in record.message and "other blocks" in record.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kernel_problems import (
     dense_masked,
     exact_logsumexp,
     exact_output,
+    far_apart,
     make_lists,
     make_tokens,
 )
@@ -119,6 +121,17 @@ def test_views_and_a_spread_gradient(device: torch.device) -> None:
         assert ours.stride() == source.stride()
 
 
+def test_offsets_past_32_bits(device: torch.device) -> None:
+    shape = Shape(1, 1, 132, 40, 70, 5, 64, 64, 16)
+    (flow, q, k, v, out, lse), lists = given_to_backward(shape, torch.float16, device, 0.25)
+    wanted = backward(flow, q, k, v, out, lse, lists, 0.25)
+    gap = 2**24 - 16  # the special tokens begin past number 2^31, a full block and a ragged one
+    ours = backward(far_apart(flow, gap), q, k, v, out, lse, lists, 0.25)
+    assert all(torch.equal(*pair) for pair in zip(ours, wanted, strict=True))
+    ours = backward(flow, far_apart(q, gap), k, v, out, lse, lists, 0.25)
+    assert all(torch.equal(*pair) for pair in zip(ours, wanted, strict=True))
+
+
 def test_two_runs_are_bit_for_bit_the_same(device: torch.device) -> None:
     arguments, lists = given_to_backward(SMALL, torch.bfloat16, device, 0.25)
     first, second = (backward(*arguments, lists, 0.25) for _ in range(2))
@@ -146,9 +159,9 @@ def test_transposed_lists(
     mask.scatter_(-1, torch.randint(columns, (batch, heads, rows, 1), generator=generator), True)
     lists = BlockLists.from_mask(mask, rows, columns, 1, 1).to(device)
     room = min(room, lists.rows * columns - lists.kept)
-    garbage = torch.randint(-(2**31), 2**31 - 1, (room,), generator=generator, dtype=torch.int32).to(device)
+    garbage = torch.randint(-9 * columns, columns, (room,), generator=generator, dtype=torch.int32).to(device)
     lists = replace(lists, col=torch.cat([lists.col, garbage]), exact=not room)
     pointer, query_blocks = transposed(lists)
     wanted = [column.nonzero()[:, 0].tolist() for column in mask.transpose(2, 3).flatten(0, 2)]
     ends = pointer.tolist()
-    assert [query_blocks[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)] == wanted
+    assert [query_blocks[a:b].tolist() for a, b in pairwise(ends)] == wanted

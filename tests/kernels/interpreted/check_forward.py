@@ -14,11 +14,12 @@ from kernel_problems import (
     dense_masked,
     exact_logsumexp,
     exact_output,
+    far_apart,
     make_lists,
     make_tokens,
 )
 
-from hess_plugin_cuda import BlockLists, token_mask
+from hess_plugin_cuda import BlockLists, block_sparse_attention, token_mask
 from hess_plugin_cuda.triton import forward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -117,6 +118,16 @@ def test_token_major_views_are_read_where_they_are(device: torch.device) -> None
     assert torch.equal(packed, before)
 
 
+def test_offsets_past_32_bits(device: torch.device) -> None:
+    shape = Shape(1, 1, 100, 130, 5, 70, 64, 64, 16)
+    q, k, v = make_tokens(shape, torch.float16, device)
+    lists = make_lists(shape, device)
+    wanted, _ = forward(q, k, v, lists, 0.25, None)
+    gap = 2**24 - 16  # the special tokens begin past number 2^31, a full block and a ragged one
+    assert torch.equal(forward(q, far_apart(k, gap), v, lists, 0.25, None)[0], wanted)
+    assert torch.equal(forward(q, k, far_apart(v, gap), lists, 0.25, None)[0], wanted)
+
+
 def test_numbers_of_a_token_that_are_no_neighbours(device: torch.device) -> None:
     shape = Shape(1, 2, 50, 50, 5, 5, 32, 16, 16)
     q, k, v = make_tokens(shape, torch.float16, device)
@@ -159,3 +170,18 @@ def test_lists_with_room_to_spare(device: torch.device) -> None:
     assert room > 0
     roomy = replace(lists, col=torch.cat([lists.col, lists.col.new_full((room,), 10**9)]), exact=False)
     assert torch.equal(forward(q, k, v, roomy, 0.25, None)[0], forward(q, k, v, lists, 0.25, None)[0])
+
+
+def test_the_public_function_takes_it_by_name(device: torch.device) -> None:
+    shape = Shape(1, 2, 50, 50, 5, 5, 32, 16, 16)
+    tokens = [x.requires_grad_() for x in make_tokens(shape, torch.float16, device)]
+    lists = make_lists(shape, device)
+    out = block_sparse_attention(*tokens, lists, backend="triton")
+    flow = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    ours = torch.autograd.grad(out, tokens, flow)
+    assert torch.equal(out, forward(*tokens, lists, 0.25, None)[0])
+    exact = [x.detach().double().requires_grad_() for x in tokens]
+    wanted = torch.autograd.grad(exact_output(*exact, lists, 0.25), exact, flow.double())
+    plain = torch.autograd.grad(dense_masked(*tokens, lists, 0.25), tokens, flow)
+    for triple in zip(ours, plain, wanted, strict=True):
+        assert_as_exact_as_torch(*triple)

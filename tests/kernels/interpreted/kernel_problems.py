@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +40,7 @@ def make_lists(shape: Shape, device: torch.device, seed: int = 0) -> BlockLists:
     return BlockLists.from_mask(mask, *sizes).to(device).check()
 
 
-def make_tokens(
-    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def make_tokens(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a problem; scores of a standard deviation of about two."""
     generator = torch.Generator().manual_seed(seed)
     queries, keys = shape.query_patches + shape.special_queries, shape.key_patches + shape.special_keys
@@ -50,6 +49,18 @@ def make_tokens(
         for tokens in (queries, keys, keys)
     )
     return (q * 2).to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def far_apart(x: Tensor, gap: int) -> Tensor:
+    """The same numbers `[B, H, N, d]`, with `gap` numbers from one token to the next, of which few are ever touched."""
+    size = x.shape[2] * gap
+    assert x.shape[0] * x.shape[1] * x.shape[3] <= gap
+    if x.is_cuda:
+        room = torch.zeros(size, dtype=x.dtype, device=x.device)
+    else:  # numpy leaves the memory alone: pages that nobody touches do not exist
+        room = torch.from_numpy(numpy.empty(size, numpy.int16)).view(x.dtype)
+    strides = (x.shape[1] * x.shape[3], x.shape[3], gap, 1)
+    return room.as_strided(x.shape, strides).copy_(x)
 
 
 def dense_masked(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float) -> Tensor:
