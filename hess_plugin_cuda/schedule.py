@@ -43,10 +43,9 @@ def order_of(cost: Tensor, special_tiles: int, longest: int, heads: tuple[int, .
     Returns:
         int32 `[work]`, ids in `[B, H, R + special_tiles]`.
     """
-    batch, all_heads, rows = cost.shape
     total = cost.sum(-1)
     if special_tiles:
-        special = cost.new_full((batch, all_heads, special_tiles), longest + 1)
+        special = cost.new_full((*total.shape, special_tiles), longest + 1)
         cost = torch.cat([cost, special], -1)
     ids = None
     if heads is not None:
