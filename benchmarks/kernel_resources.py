@@ -9,11 +9,13 @@ Kernels are compiled with the hints that a launch would give. Triton brings the 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,12 @@ def resources_of(configuration: Any, architecture: int) -> Resources:
     )  # fmt: skip
 
 
+def _resources(asked: tuple[int, int]) -> Resources:
+    """`resources_of` a configuration, by its number, in a process that shares nothing else."""
+    number, architecture = asked
+    return resources_of(configurations()[number], architecture)
+
+
 def _tool(name: str, *arguments: str) -> str:
     import triton
 
@@ -172,11 +180,16 @@ def main(write: Path | None, hold: Path | None, only: str) -> None:
         print(f"skipped: the table is of {held[0]}, this is {versions()}")
         return
     rows = []
-    for configuration in configurations():
-        if only in configuration.name:
-            for architecture in configuration.architectures:
-                rows.append(resources_of(configuration, architecture))
-                print(rows[-1].row(), file=sys.stderr, flush=True)
+    asked = [
+        (number, architecture)
+        for number, configuration in enumerate(configurations())
+        if only in configuration.name
+        for architecture in configuration.architectures
+    ]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
+        for row in processes.map(_resources, asked):
+            rows.append(row)
+            print(row.row(), file=sys.stderr, flush=True)
     if held:
         found = complaints(rows, held[1])
         if found:

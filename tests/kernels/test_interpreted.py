@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,19 +35,32 @@ def cannot_run() -> str | None:
     return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
-def test_kernels(file: Path) -> None:
-    reason = cannot_run()
-    if reason is not None:
-        pytest.skip(reason)
+def check(file: Path) -> subprocess.CompletedProcess[str]:
+    """Run the checks of one file."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    child = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)
-    assert child.returncode == 0, f"{' '.join(command)}\n{child.stdout}\n{child.stderr}"
+    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.fixture(scope="module")
+def checks() -> Iterator[dict[Path, Future[subprocess.CompletedProcess[str]]]]:
+    """All files at once, one to a core: they take minutes."""
+    reason = cannot_run()
+    if reason is not None:
+        pytest.skip(reason)
+    at_once = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(at_once) as threads:
+        yield {file: threads.submit(check, file) for file in CHECKS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
+def test_kernels(file: Path, checks: dict[Path, Future[subprocess.CompletedProcess[str]]]) -> None:
+    child = checks[file].result()
+    assert child.returncode == 0, f"{' '.join(child.args)}\n{child.stdout}\n{child.stderr}"
 
 
 def test_there_are_checks() -> None:
