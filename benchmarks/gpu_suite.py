@@ -12,7 +12,8 @@ the report.
 
 Every part runs in a process of its own with a limit of time, so that a kernel that hangs or breaks takes nothing with
 it; a backend found to be wrong is not timed. gpu_suite.json and gpu_suite.md are written after every part into --out,
-else into $OUT, else into benchmarks/results. The exit status is 1 if anything failed, 2 without a GPU.
+else into $OUT, else into benchmarks/results (with --quick into a new temporary folder). The exit status is 1 if
+anything failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,7 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     args = parse()
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        print(f"--device {args.device} is no device of torch; give cuda, cuda:1, ... or cpu.")
+        return 2
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
             "gpu_suite needs an NVIDIA GPU that torch can use; --device cpu --quick only runs its code on tiny sizes."
@@ -51,6 +57,8 @@ def main() -> int:
     if args.job:
         jobs.run_job(args.job, options, Sheet(args.into))
         return 0
+    if args.quick and args.out is None and not os.environ.get("OUT"):
+        args.out = Path(tempfile.mkdtemp(prefix="gpu-suite-quick-"))  # the folder of results holds measurements
     out = args.out or Path(os.environ.get("OUT") or RESULTS)
     apart = device.type == "cuda" or args.apart
     return runner.run_all(Path(__file__), options, args.sections, out, apart=apart)

@@ -122,8 +122,10 @@ def versions() -> str:
     """Of what the numbers depend on."""
     import triton
 
-    release = re.search(r"V([\d.]+)", _tool("ptxas", "--version"))
-    return f"Triton {triton.__version__}, ptxas {release[1] if release else 'unknown'}"
+    # Triton brings two assemblers, the second for compute capability 10.0 and later.
+    found = [re.search(r"V([\d.]+)", _tool(name, "--version")) for name in ("ptxas", "ptxas-blackwell")]
+    told = [release[1] if release else "unknown" for release in found]
+    return f"Triton {triton.__version__}, ptxas {told[0]}, from sm_100 on {told[1]}"
 
 
 def table(rows: list[Resources]) -> str:
@@ -173,8 +175,8 @@ def complaints(rows: list[Resources], held: dict[tuple[str, int], Resources]) ->
 )
 @click.option("--only", default="", help="Only kernels with this in their name; not with --write or --hold.")
 def main(write: Path | None, hold: Path | None, only: str) -> None:
-    if only and (write or hold):
-        raise click.UsageError("--only prints a part of the table; leave it out to write or hold the whole.")
+    if bool(only) + bool(write) + bool(hold) > 1:
+        raise click.UsageError("--only, --write and --hold are three uses of the table; give one of them.")
     held = read_table(hold.read_text(encoding="utf-8")) if hold else None
     if held and held[0] != versions():
         print(f"skipped: the table is of {held[0]}, this is {versions()}")
@@ -186,6 +188,8 @@ def main(write: Path | None, hold: Path | None, only: str) -> None:
         if only in configuration.name
         for architecture in configuration.architectures
     ]
+    if not asked:
+        raise click.UsageError(f"No kernel has {only!r} in its name; without --only there is a list of them.")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
         for row in processes.map(_resources, asked):
             rows.append(row)

@@ -28,7 +28,7 @@ class BackendState:
     Attributes:
         name: of the backend.
         state: ``chosen`` (what "auto" takes), ``usable``, ``by name only``, ``refused`` or ``wrong``.
-        reason: why it is refused, or what its self-test found; empty otherwise.
+        reason: why it is chosen or refused, or what its self-test found; empty otherwise.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Diagnosis:
         backends: best first.
         dense: torch's kernels for dense attention, best first.
         advice: sentences on what would be faster; empty where nothing is known.
+        unusable: why no backend is chosen; None where one is.
     """
 
     device: str
@@ -55,6 +56,7 @@ class Diagnosis:
     backends: tuple[BackendState, ...]
     dense: tuple[str, ...]
     advice: tuple[str, ...]
+    unusable: str | None = None
 
     @property
     def chosen(self) -> str | None:
@@ -78,9 +80,9 @@ def diagnose(problem: hess_plugin_cuda.Problem) -> Diagnosis:
         problem: the device, and the attention that is asked for there.
     """
     try:
-        chosen, unusable = hess_plugin_cuda.resolve_backend("auto", problem), []
+        chosen, unusable = hess_plugin_cuda.resolve_backend("auto", problem), None
     except (RuntimeError, ValueError) as error:
-        chosen, unusable = None, [str(error)]
+        chosen, unusable = None, str(error)
     backends = tuple(_state(name, problem, chosen) for name in hess_plugin_cuda.available_backends())
     return Diagnosis(
         device=_device(problem.device),
@@ -88,7 +90,8 @@ def diagnose(problem: hess_plugin_cuda.Problem) -> Diagnosis:
         problem=str(problem),
         backends=backends,
         dense=dense_kernels(problem.device, problem.dtype, problem.head_dim),
-        advice=(*unusable, *_advice(problem, {backend.name: backend for backend in backends})),
+        advice=tuple(_advice(problem, {backend.name: backend for backend in backends})),
+        unusable=unusable,
     )
 
 
@@ -100,7 +103,8 @@ def _state(name: str, problem: hess_plugin_cuda.Problem, chosen: str | None) -> 
     if wrong is not None:
         return BackendState(name, "wrong", wrong)
     if name == chosen:
-        return BackendState(name, "chosen")
+        named = os.environ.get(CHOICE)
+        return BackendState(name, "chosen", f"named by {CHOICE}" if named else "the first that can run here")
     return BackendState(name, "usable" if get_backend(name).priority >= 0 else "by name only")
 
 
@@ -157,13 +161,14 @@ def _on_a_gpu(problem: hess_plugin_cuda.Problem, backends: dict[str, BackendStat
     chosen = next((backend.name for backend in backends.values() if backend.state == "chosen"), None)
     capability = torch.cuda.get_device_capability(problem.device)
     if problem.dtype not in _HALVES:
-        told.append("Run the model in bfloat16 (autocast): the kernels made for it are several times as fast.")
+        told.append("Run the model in bfloat16 (autocast), for which the kernels are made.")
     elif chosen != "cuda_sm90" and capability == (9, 0) and "cuda_sm90" in backends:
-        told.append(f"cuda_sm90 is the fastest backend on this card; here {backends['cuda_sm90'].reason or 'it runs'}.")
+        reason = backends["cuda_sm90"].reason
+        told.append("cuda_sm90 is made for this card" + (f"; here {reason}." if reason else "."))
     if chosen not in ("cuda_sm90", "triton") and "triton" in backends and backends["triton"].reason:
-        told.append(f"triton would be faster than {chosen}; here {backends['triton'].reason}.")
+        told.append(f"triton goes before {chosen} where it runs; here {backends['triton'].reason}.")
     if capability[0] in (9, 10) and dense_kernels(problem.device, problem.dtype, problem.head_dim)[0] != "cudnn":
-        told.append("Dense attention is about twice as fast by cuDNN 9.15 or later, which torch 2.11 brings.")
+        told.append("Dense attention is fastest by cuDNN 9.15 or later, which torch 2.11 brings.")
     return told
 
 

@@ -100,8 +100,9 @@ def patch(
             None takes what `hess-patch bench` recorded in the profile for the machine and device that the model runs
             on, backend, block sizes and about this sparsity, or no limit where nothing was; 0 never takes the dense
             path for being short.
-        dense_from: on a GPU, heads whose budget keeps at least this share of their pairs keep all of them, by a dense
-            kernel, which is no slower there; the report counts what is kept. 1 leaves budgets as they are.
+        dense_from: on a GPU and with a fixed `sparsity`, heads whose budget keeps at least this share of their pairs
+            keep all of them, by a dense kernel, which is expected to be no slower there; the report counts what is
+            kept. 1 leaves budgets as they are.
         unfit: what to do with an attention call that cannot be made sparse (masked, causal, of tokens that no forward
             announced): ``raise`` a `PatchError`, or answer it ``dense``, as the unpatched model does, and report it.
         memory: ``plain``, or ``lean`` for inference in less memory with the same outputs, to rounding: what nothing

@@ -56,7 +56,12 @@ class Place:
         if device.type == "meta" and self.settings.backend in ("auto", *hess_plugin_cuda.available_backends()):
             return self.settings  # weights are still to come
         try:
-            self.backend = hess_plugin_cuda.resolve_backend(self.settings.backend, self._problem(site, device))
+            problem = self._problem(site, device)
+            if patching and device.type == "cuda" and problem.dtype == torch.float32:
+                # The forward asks again by its own type, most likely autocast's: what float32 gets is compiled by torch
+                # when it is tried.
+                problem = self._problem(site, device, torch.bfloat16)
+            self.backend = hess_plugin_cuda.resolve_backend(self.settings.backend, problem)
         except (ValueError, RuntimeError) as error:
             if patching and self._may_run_later(site):
                 return self.settings

@@ -69,7 +69,7 @@ class Layouts:
         found = self._orders.get(key)
         if found is None:
             # Cached tensors must not be born as inference tensors: a later training step could not save them.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
                 order = layout.patches_first(self._within(layout))
                 found = self._orders[key] = (order.to(device), order.argsort().to(device))
             if len(self._orders) > _KEPT_ORDERS:  # inputs of ever new shapes must not fill the memory
@@ -168,7 +168,7 @@ def make_plan(
 def _with_dense_heads(budgets: Tensor, pairs: int, share: float) -> tuple[Tensor, int]:
     """Let heads that keep at least a share of their pairs keep all of them, and count what that adds.
 
-    A GPU's dense kernels are faster a pair than its block-sparse ones, so that leaving out so little saves no time.
+    A GPU's dense kernels take less time a pair than its block-sparse ones, so that leaving out so little saves nothing.
     """
     raised = torch.where(budgets >= share * pairs, pairs, budgets)
     return raised, int((raised - budgets).sum())

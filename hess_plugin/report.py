@@ -159,6 +159,8 @@ class Tally:
             self._calls += 1
         if device.type != "cuda":
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None  # events of a graph are never done
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
         return event
@@ -169,19 +171,26 @@ class Tally:
             with self._lock:
                 self._seconds += time.perf_counter() - started
             return
+        if started is None:
+            return
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
         with self._lock:
             self._events.append((started, event))
-            if len(self._events) > 4096:
-                self._settle_events()
+            if len(self._events) % 4096 == 0:
+                self._settle_events(wait=False)
 
-    def _settle_events(self) -> None:
-        """Turn recorded GPU events into seconds, under the lock; waits for the device."""
+    def _settle_events(self, *, wait: bool) -> None:
+        """Turn recorded GPU events into seconds, under the lock: all of them, or those that need no waiting."""
+        left = []
         for first, last in self._events:
-            last.synchronize()
+            if wait:
+                last.synchronize()
+            elif not last.query():
+                left.append((first, last))
+                continue
             self._seconds += first.elapsed_time(last) / 1000.0
-        self._events.clear()
+        self._events = left
 
     def reset(self) -> None:
         """Forget, in a forked process, what its parent counted."""
@@ -195,7 +204,7 @@ class Tally:
         """Read the counts."""
         sparsity = all_keys = heads = None
         with self._lock:
-            self._settle_events()
+            self._settle_events(wait=True)
             total, special, dense = self._total, self._special, self._kept_dense
             kept = list(self._kept_planned)
             if self._kept is not None:

@@ -114,31 +114,34 @@ def available_backends(problem: Problem | None = None) -> tuple[str, ...]:
 def resolve_backend(name: str, problem: Problem) -> str:
     """The backend that a call will use: the named one or nothing; for "auto" the best that can run.
 
-    What computes on a GPU is compared with plain torch once in a process, on a small problem. "auto" passes over a
-    backend that fails, and logs one line; it can be set by the environment variable HESS_BACKEND.
+    What computes on a GPU is compared with plain torch on a small problem, once in a process for each kind of problem.
+    "auto" passes over a backend that fails, and logs one line; the environment variable HESS_BACKEND may name what it
+    stands for.
 
     Raises:
         ValueError: no backend has this name.
         RuntimeError: the named backend cannot run here or computes wrong results, or "auto" finds none.
     """
-    if name == "auto":
-        name = os.environ.get(CHOICE) or "auto"
-    return _choose(name, problem)
+    named = os.environ.get(CHOICE) if name == "auto" else None
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Nothing can be tested now, so that nothing is to be remembered either.
+        return _choose.__wrapped__(named or name, problem, bool(named))
+    return _choose(named or name, problem, bool(named))
 
 
 @functools.lru_cache(maxsize=256)  # asked by every call
-def _choose(name: str, problem: Problem) -> str:
+def _choose(name: str, problem: Problem, by_environment: bool) -> str:
     if name == "auto":
         return _best(problem)
+    source = f" (named by {CHOICE})" if by_environment else ""
     if name not in _BACKENDS:
         names = ", ".join(["auto", *available_backends()])
-        raise ValueError(f"There is no attention backend {name!r}; choose one of {names}.")
+        raise ValueError(f"There is no attention backend {name!r}{source}; choose one of {names}.")
     refusal = _BACKENDS[name].refusal(problem) or why_wrong(name, problem)
     if refusal is not None:
         usable = [other for other in available_backends(problem) if other != name and _BACKENDS[other].priority >= 0]
-        raise RuntimeError(
-            f"Backend {name!r} cannot run {problem}: {refusal}; choose auto or one of {', '.join(usable)}."
-        )
+        others = " or ".join(["auto", *usable])
+        raise RuntimeError(f"Backend {name!r}{source} cannot run {problem}: {refusal}; choose {others}.")
     return name
 
 

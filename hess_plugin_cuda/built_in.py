@@ -80,6 +80,6 @@ def register_built_in() -> None:
     register_backend(
         Backend("triton", 30, _triton_forward, _triton_backward, _triton_refusal, dense_heads=True, tested=True)
     )
-    register_backend(Backend("flex", 20, _flex_forward, _flex_backward, _flex_refusal, tested=True))
+    register_backend(Backend("flex", 20, _flex_forward, _flex_backward, _flex_refusal, dense_heads=True, tested=True))
     register_backend(Backend("gather", 10, gather.forward, gather.backward))
     register_backend(Backend("reference", -1, reference.forward, reference.backward))

@@ -40,6 +40,22 @@ def gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, of what `compute` returned."""
+    # Autocast may be on where the backward pass is started, and was off in the forward pass.
+    with torch.autocast(grad.device.type, enabled=False):
+        return _gradients(grad, q, k, v, out, lse, lists, scale, backend)
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     chosen = get_backend(resolve_backend(backend, problem_of(v, lists)))
     full = _full_heads(lists) if chosen.dense_heads else ()
     if not full:

@@ -36,7 +36,8 @@ _CUDNN_FIRST = (
 )
 _CUDNN_SINCE = 91501  # before, wrong where the number of tokens is no multiple of 128
 _HALVES = (torch.float16, torch.bfloat16)
-_FLAGS = threading.Lock()
+FLAGS = threading.RLock()
+"""Held by whoever sets which kernels torch may choose, a setting of the process."""
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -63,7 +64,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     # What torch may choose is a setting of the process: two threads that set it and set it back must take turns, or
     # the setting of one is left behind for good.
-    with _FLAGS, sdpa_kernel(list(order), set_priority=True):
+    with FLAGS, sdpa_kernel(list(order), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -92,14 +93,19 @@ def dense_kernels(device: torch.device | str, dtype: torch.dtype, head_dim: int)
         SDPBackend.MATH: lambda params: True,
     }
     order = _order(device, dtype, head_dim)
-    with _FLAGS, sdpa_kernel(list(order)):  # else a kernel that the caller has switched off counts as unable
+    with FLAGS, sdpa_kernel(list(order)):  # else a kernel that the caller has switched off counts as unable
         return tuple(_NAMES[kernel] for kernel in order if usable[kernel](params))
 
 
 def _torch_takes(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether torch chooses a kernel for these tensors by itself, so that its settings can be left alone."""
     asked = getattr(torch, "_fused_sdp_choice", None)  # not a promise of torch's: only time is lost without it
-    return asked is not None and SDPBackend(asked(q, k, v, scale=scale)) == kernel
+    if asked is None:
+        return False
+    try:
+        return SDPBackend(asked(q, k, v, scale=scale)) == kernel
+    except RuntimeError:  # of those that the caller has left switched on, none can
+        return False
 
 
 @functools.lru_cache(maxsize=64)  # asked by every call

@@ -85,10 +85,12 @@ def _patch_queries(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: fl
     """Patch queries `[B, H, P, d]` of the heads that drop something; the others' are left unset."""
     rows, width = _rows(q, lists), q.shape[-1]
     k, v = k.reshape(-1, width), v.reshape(-1, width)
-    out = torch.empty_like(rows)
+    # Not a view of the rows: autograd lets nobody write into a view that a function of its own returns.
+    out = q.new_empty((lists.batch, lists.heads, rows.shape[0] // (lists.batch * lists.heads) * rows.shape[1], width))
+    flat = out.view_as(rows)
     for some, tokens in _Gathering(lists, k.shape[0] // (lists.batch * lists.heads), width).chunks():
-        out.index_copy_(0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale))
-    return out.view(lists.batch, lists.heads, -1, width)[:, :, : lists.query_tokens]
+        flat.index_copy_(0, some, _attend(rows.index_select(0, some), _pick(k, tokens), _pick(v, tokens), scale))
+    return out if out.shape[2] == lists.query_tokens else out[:, :, : lists.query_tokens].contiguous()
 
 
 def _patch_gradients(

@@ -99,8 +99,8 @@ def _lists(row_ptr: Tensor, col: Tensor, sizes: Sequence[int], head_kept: Sequen
 
 def _like(model: Tensor, given: Tensor) -> Tensor:
     """A tensor of its own with the strides that ``torch.empty_like(model)`` has."""
-    wanted = torch.empty_like(model)
-    return given if given.stride() == wanted.stride() else wanted.copy_(given)
+    strides = torch.empty_like(model, device="meta").stride()
+    return given if given.stride() == strides else torch.empty_like(model).copy_(given)
 
 
 @contextlib.contextmanager

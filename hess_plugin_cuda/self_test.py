@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .dense import FLAGS
 from .lists import BlockLists, block_count
 from .reference import reference_attention, token_mask
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .backends import Problem
 
 _SPECIAL = 5
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class SelfTests:
@@ -41,10 +44,20 @@ class SelfTests:
 
 
 def _test(forward: Callable[..., tuple[Tensor, Tensor | None]], problem: Problem) -> str | None:
-    # Autograd, autocast and inference mode of the caller are none of the test's business.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+    # What the caller has switched on or off is none of the test's business; a pin of kernels (Pi3's to FlashAttention)
+    # may leave none that takes a mask.
+    with (
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(problem.device.type, enabled=False),
+        FLAGS,
+        sdpa_kernel(_KERNELS),
+    ):
         try:
             worst, allowed = _errors(forward, problem)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the backend
         except Exception as error:  # a kernel that does not compile or launch may raise anything
             first = (str(error).strip() or "no reason given").splitlines()[0]
             return f"its self-test failed with {type(error).__name__}: {first}"

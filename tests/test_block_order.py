@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from hess_plugin import PatchError, TokenLayout, patch
 from hess_plugin.block_order import BLOCK_ORDERS, hilbert, tiles
 from hess_plugin.demo.model import TinyVGGT
+from hess_plugin.plans import Layouts
 from hess_plugin.scenes.scene import Scene
+from hess_plugin.sparsity import head_weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,3 +67,17 @@ def test_orders_choose_other_blocks_and_the_same_share(tiny_model: TinyVGGT, roo
 def test_an_unknown_order_is_told(tiny_model: TinyVGGT) -> None:
     with pytest.raises(PatchError, match="block_order is 'spiral', wanted one of raster, hilbert, tiles"):
         patch(tiny_model, block_order="spiral")
+
+
+@pytest.mark.parametrize("order", sorted(BLOCK_ORDERS))
+def test_an_order_is_made_on_the_cpu_whatever_the_default_device_is(order: str) -> None:
+    layouts, layout = Layouts(order, 8), TokenLayout(2, 36, leading=1, grid=(6, 6))
+    with torch.device("meta"):
+        index, inverse = layouts.order(layout, torch.device("cpu"))
+    assert index[inverse].tolist() == list(range(layout.tokens))
+
+
+def test_a_shuffle_of_scores_does_not_hang_on_the_default_device() -> None:
+    scores = torch.arange(1.0, 9.0)
+    with torch.device("meta"):
+        assert head_weights(scores, "random", seed=3).sort().values.tolist() == scores.tolist()

@@ -51,6 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path: Path) -> None:
     result = run("--device", "cpu", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr

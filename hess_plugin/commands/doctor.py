@@ -53,6 +53,8 @@ def _text(found: Diagnosis) -> str:
     ]
     for backend in found.backends:
         rows.append((f"  {backend.name}", backend.state + (f": {backend.reason}" if backend.reason else "")))
+    if found.unusable:
+        rows.append(("problem", found.unusable))
     rows.append(("dense", f"{', '.join(found.dense)} (best first)"))
     rows += [("faster" if not i else "", line) for i, line in enumerate(found.advice or ("nothing known",))]
     return "\n".join(f"{name:12} {value}" for name, value in rows)

@@ -188,7 +188,8 @@ def device_of(given: str) -> torch.device:
         chosen = torch.device(name)
         torch.ones(1, device=chosen).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise click.UsageError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}).") from error
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")  # torch may go on for a page
+        raise click.UsageError(f"--device {name} cannot be used here ({why}); give cpu, or leave it out.") from error
     return chosen
 
 

@@ -59,7 +59,7 @@ def head_weights(scores: Tensor, allocation: str, seed: int = 0) -> Tensor:
     if allocation == "reverse":
         return scores.sort(-1).values.gather(-1, rank(scores))
     if allocation == "random":
-        order = torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
         return scores[..., order.to(scores.device)]
     return scores
 

@@ -36,7 +36,7 @@ class SortedRows:
         """See `MapRows`."""
         pooled = self._pooled
         nth = (budgets.unsqueeze(-1) // pooled.rows).clamp(0, pooled.columns - 1)
-        gains = torch.empty(pooled.q.shape[:2], device=pooled.q.device)
+        gains = torch.empty(pooled.q.shape[:2], dtype=torch.float32, device=pooled.q.device)
         for heads, rows, scores, ranked in self._ranked():
             at = nth[heads].unsqueeze(-1).expand(-1, ranked.shape[1], 1)
             top = ranked[..., :1]

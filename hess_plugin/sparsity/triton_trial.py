@@ -46,8 +46,8 @@ def failure(device: torch.device) -> str | None:
     from .pooling import pool_tokens
     from .sorted_rows import SortedRows
 
-    # The caller's inference mode is none of the trial's business.
-    with torch.inference_mode(False), torch.no_grad():
+    # The caller's inference mode and default device are none of the trial's business.
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         # Tokens of whole numbers: their means and scores are the same bits everywhere, with many ties.
         generator = torch.Generator().manual_seed(0)
         q = torch.randint(-2, 3, (1, 2, 20 * _BLOCK - 2, 16), generator=generator).float()
@@ -58,6 +58,8 @@ def failure(device: torch.device) -> str | None:
             from .bisected_rows import BisectedRows
 
             tried = _chosen(BisectedRows, *(launch.pool(x.to(device), _BLOCK) for x in (q, k)))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernels
         except Exception as error:  # a kernel that does not compile or launch may raise anything
             first = (str(error).strip() or "no reason given").splitlines()[0]
             return f"a trial failed with {type(error).__name__}: {first}"
@@ -67,13 +69,19 @@ def failure(device: torch.device) -> str | None:
     return "a trial chose other blocks"
 
 
-def _chosen(way: type[MapRows], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and lists of pooled tokens `[2, 20, d]` and `[2, 70, d]`."""
+def _chosen(way: type[MapRows], q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Counts and lists of pooled tokens `[2, 20, d]` and `[2, 70, d]`, by budgets and by counts; a covering count."""
     from .pooling import PooledTokens
 
-    rows = way(PooledTokens(q, k, 1, 2, q.shape[1], k.shape[1], 1, 1))  # type: ignore[call-arg]
+    pooled = PooledTokens(q, k, 1, 2, q.shape[1], k.shape[1], 1, 1)
+    rows = way(pooled)  # type: ignore[call-arg]
     counts = rows.spread(torch.tensor(_BUDGETS, device=q.device))
     row_ptr = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
-    col = torch.zeros(sum(_BUDGETS) + 1, dtype=torch.int32, device=q.device)
-    rows.fill(counts, row_ptr, col)
-    return counts, col[:-1]
+    lists = []
+    for each in (rows, way(pooled)):  # type: ignore[call-arg]  # the second has to find thresholds of its own
+        col = torch.zeros(sum(_BUDGETS) + 1, dtype=torch.int32, device=q.device)
+        each.fill(counts, row_ptr, col)
+        lists.append(col[:-1])
+    # No cumulative probability of these tokens lies within 1e-3 of the first share: rounding decides nothing.
+    covering = [way(pooled).uniform_counts(share, 3) for share in (0.3, 0.0)]  # type: ignore[call-arg]
+    return counts, *lists, *covering

@@ -81,7 +81,7 @@ def check_log(compiled: Compiled) -> None:
 
 
 def find_disassembler() -> Path | None:
-    """Nvdisasm: the one on PATH, or Triton's."""
+    """Find nvdisasm: the one on PATH, or Triton's."""
     found = shutil.which("nvdisasm")
     if found is not None:
         return Path(found)

@@ -128,4 +128,7 @@ def compile_kernels(compiler: Path) -> Compiled:
     Raises:
         BuildError: the sources do not compile.
     """
-    return compile_with_nvcc(compiler) if compiler.name.startswith("nvcc") else compile_with_nvrtc(compiler)
+    try:
+        return compile_with_nvcc(compiler) if compiler.name.startswith("nvcc") else compile_with_nvrtc(compiler)
+    except OSError as error:
+        raise BuildError(f"{compiler} cannot be used ({error}); give a libnvrtc.so or an nvcc.") from error

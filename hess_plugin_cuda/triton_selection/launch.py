@@ -40,7 +40,7 @@ class Thresholds:
     def empty(cls, rows: int, device: torch.device) -> Thresholds:
         """Room for so many rows."""
         keys, cuts = torch.empty(2, rows, dtype=torch.int32, device=device)
-        return cls(keys, cuts, torch.empty(rows, device=device))
+        return cls(keys, cuts, torch.empty(rows, dtype=torch.float32, device=device))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
@@ -63,7 +63,7 @@ def pool(x: Tensor, block: int, scale: float = 1.0) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, tokens, width = x.shape
     blocks = -(-tokens // block)
-    out = torch.empty(batch * heads, blocks, width, device=x.device)
+    out = torch.empty(batch * heads, blocks, width, dtype=torch.float32, device=x.device)
     grid = (blocks, batch * heads)
     strides = x.stride()[:3]
     options = pool_options(block, width)
@@ -90,7 +90,7 @@ def score(q: Tensor, k: Tensor) -> Tensor:
     heads, rows, width = q.shape
     columns = k.shape[1]
     stride = row_stride(columns)
-    scores = torch.empty(heads * rows, stride, device=q.device)
+    scores = torch.empty(heads * rows, stride, dtype=torch.float32, device=q.device)
     grid = (-(-stride // SCORE_TILE["COLUMNS"]), -(-rows // SCORE_TILE["ROWS"]), heads)
     launch(
         score_kernel, grid, q.device, q, k, scores, q.stride(0), k.stride(0), rows, columns, stride, WIDTH=width,

@@ -169,19 +169,3 @@ def nth_largest(keys, row, n, columns, stride, SIZE: tl.constexpr, WHOLE: tl.con
         enough = ties_up_to(row, key, middle, columns, stride, TILE) >= n - above
         left, right = tl.where(enough, left, middle + 1), tl.where(enough, middle, right)
     return key, right
-
-
-@triton.jit
-def emit(row, out, key, cut, columns, stride, TILE: tl.constexpr):
-    """Write the columns of larger keys than `key`, and of that key up to `cut`, ascending, to `out` and onwards.
-
-    Reads the row again, which is in the cache still: to sum over places within 32768 keys would take more registers
-    than there are.
-    """
-    done = tl.full([], 0, tl.int32)
-    for start in range(0, columns, TILE):
-        places = start + tl.arange(0, TILE)
-        keys = load_keys(row, start, columns, stride, TILE)
-        keep = ((keys > key) | ((keys == key) & (places <= cut))).to(tl.int32)
-        tl.store(out + done + tl.cumsum(keep, 0) - 1, places, mask=keep != 0)
-        done += tl.sum(keep, 0)

@@ -22,7 +22,7 @@ def pool_kernel(
         inside = (start + token < BLOCK) & (first + start + token < tokens)
         at = (start + token)[:, None] * token_stride + width[None, :]
         sums += tl.load(x + at, mask=inside[:, None] & (width < WIDTH)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(sums, 0) / tl.minimum(tokens - first, BLOCK).to(tl.float32)
+    mean = tl.div_rn(tl.sum(sums, 0), tl.minimum(tokens - first, BLOCK).to(tl.float32))
     out = OUT + (pair.to(tl.int64) * blocks + block) * WIDTH + width
     tl.store(out, mean * scale, mask=width < WIDTH)
 

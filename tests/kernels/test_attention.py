@@ -223,6 +223,25 @@ def test_gradients_are_as_exact_as_those_of_plain_torch(dtype: torch.dtype) -> N
         assert_as_exact_as_torch(*triple)
 
 
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_gradients_do_not_follow_an_autocast_that_the_forward_did_not_have(backend: str) -> None:
+    tokens = [x.float().requires_grad_() for x in make_tokens(1, 2, 105, 8)]
+    lists = make_lists(1, 2, 100, 16, 8, full_heads=1)
+    output = block_sparse_attention(*tokens, lists, backend=backend)
+    wanted = torch.autograd.grad(output.sum(), tokens, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = torch.autograd.grad(output.sum(), tokens)
+    for one, other in zip(given, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("patches", "special"), [(96, 0), (100, 0), (96, 5)])
+def test_outputs_are_tensors_of_their_own(patches: int, special: int) -> None:
+    tokens = [x.requires_grad_() for x in make_tokens(1, 2, patches + special, 8)]
+    output = block_sparse_attention(*tokens, make_lists(1, 2, patches, 16, 8))
+    assert output.is_contiguous() and not output._is_view()
+
+
 def test_gradient_of_a_key_seen_by_many_rows_keeps_growing(monkeypatch: pytest.MonkeyPatch) -> None:
     """1024 rows add 1/513 each; a sum kept in bfloat16 would stop at 256 of them."""
     monkeypatch.setattr(hess_plugin_cuda.gather._Gathering, "_chunk_tokens", lambda self: 1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hess_plugin_cuda import (
     Backend,
@@ -21,7 +24,9 @@ from hess_plugin_cuda import (
     reference,
     register_backend,
     resolve_backend,
+    self_test,
 )
+from hess_plugin_cuda.built_in import register_built_in
 from hess_plugin_cuda.self_test import SelfTests
 
 HERE = Problem(torch.device("cpu"), torch.float32)
@@ -90,7 +95,7 @@ def test_a_named_backend_that_cannot_run_raises_and_says_why() -> None:
     with pytest.raises(
         RuntimeError,
         match=r"'fast' cannot run float32, head width 64, blocks of 128 x 64 on cpu: it computes in half precision; "
-        r"choose auto or one of gather\.",
+        r"choose auto or gather\.",
     ):
         resolve_backend("fast", HERE)
 
@@ -119,7 +124,11 @@ def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_backend("auto", HERE) == "reference"
     assert resolve_backend("gather", HERE) == "gather"  # what a caller names goes before
     monkeypatch.setenv(backends.CHOICE, "flash")
-    with pytest.raises(ValueError, match="'flash'; choose one of auto"):
+    with pytest.raises(ValueError, match=r"'flash' \(named by HESS_BACKEND\); choose one of auto"):
+        resolve_backend("auto", HERE)
+    register_backend(fast())
+    monkeypatch.setenv(backends.CHOICE, "fast")
+    with pytest.raises(RuntimeError, match=r"'fast' \(named by HESS_BACKEND\) cannot run float32"):
         resolve_backend("auto", HERE)
 
 
@@ -159,6 +168,83 @@ def test_a_backend_that_computes_rightly_passes_whatever_mode_the_caller_is_in(m
     assert runs == [torch.float32]  # once in a process
     assert resolve_backend("auto", replace(HERE, dtype=torch.float16, head_dim=48, block_q=40, block_k=24)) == "new"
     assert runs == [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("pin", [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])
+def test_a_backend_is_tested_whatever_kernels_and_device_the_caller_has_chosen(pin: SDPBackend) -> None:
+    """Pi3 pins FlashAttention, which takes no mask; here it is a kernel that this device does not have."""
+    register_backend(with_a_test("new", reference.forward))
+    with sdpa_kernel(pin), torch.device("meta"):
+        assert backends.why_wrong("new", HERE) is None
+
+
+def test_a_test_for_which_there_is_no_memory_says_nothing_about_the_backend() -> None:
+    failures: list[Exception] = [torch.OutOfMemoryError("no room")]
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if failures:
+            raise failures.pop()
+        return reference.forward(q, k, v, lists, scale)
+
+    register_backend(with_a_test("new", forward))
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve_backend("new", HERE)
+    assert resolve_backend("new", HERE) == "new"
+
+
+def test_what_is_chosen_while_a_graph_is_captured_is_tested_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = [True]
+    card = Problem(torch.device("cuda", 0), torch.float32)
+    tests: list[Problem] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[-1])
+    monkeypatch.setattr(self_test, "_test", lambda forward, problem: tests.append(problem) or "it is wrong")
+    register_backend(with_a_test("new", wrong))
+    assert resolve_backend("auto", card) == "new" and tests == []
+    capturing.append(False)
+    assert resolve_backend("auto", card) == "gather" and tests == [card]
+
+
+def test_several_threads_wait_for_one_test() -> None:
+    started = []
+
+    def slow(
+        q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, heads: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        started.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        time.sleep(0.2)
+        return reference.forward(q, k, v, lists, scale)
+
+    register_backend(with_a_test("new", slow))
+
+    def ask(_: int) -> str | None:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return backends.why_wrong("new", HERE)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == [None] * 4
+    assert started == [(False, False, False)]
+
+
+def test_the_backends_of_this_package_come_in_the_order_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_BACKENDS", {})
+    register_built_in()
+    made = {name: backends.get_backend(name) for name in available_backends()}
+    assert list(made) == ["cuda_sm90", "triton", "flex", "gather", "reference"]
+    kernels = {"cuda_sm90", "triton", "flex"}
+    assert {name for name, backend in made.items() if backend.tested} == kernels
+    assert {name for name, backend in made.items() if backend.dense_heads} == kernels
+    assert [name for name, backend in made.items() if backend.priority < 0] == ["reference"]
+    assert made["cuda_sm90"].backward is made["triton"].backward
+    monkeypatch.setattr(backends, "_is_emulated", lambda problem: False)
+    for last in range(1, 5):  # each where those before it cannot run
+        usable = list(made)[last - 1 :]
+        for name, backend in made.items():
+            refusal = (lambda problem: None) if name in usable else (lambda problem: "it is not there")
+            backends._BACKENDS[name] = replace(backend, refusal=refusal, tested=False)
+        backends._choose.cache_clear()
+        assert resolve_backend("auto", HERE) == usable[0]
 
 
 def test_what_runs_on_a_cpu_only_in_an_interpreter_is_taken_by_name_alone() -> None:

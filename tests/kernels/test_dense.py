@@ -132,6 +132,18 @@ def test_threads_leave_the_settings_as_they_were(monkeypatch: pytest.MonkeyPatch
     assert all(seen == list(dense._CUDNN_FIRST) for seen in OnGPU.seen) and len(OnGPU.seen) == 200
 
 
+def test_a_pin_that_leaves_no_kernel_is_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0))
+    q = on_gpu(SDPBackend.CUDNN_ATTENTION)
+
+    def none_left(*tensors: object, **options: object) -> int:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", none_left)
+    dense.dense_attention(q, q, q, 0.5)
+    assert OnGPU.seen == [list(dense._CUDNN_FIRST)]
+
+
 def test_without_torchs_own_answer_the_order_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0))
     q = on_gpu(SDPBackend.CUDNN_ATTENTION)

@@ -150,6 +150,7 @@ assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
 """
 
 
+@pytest.mark.slow
 def test_compiled_for_a_cpu_it_computes_the_lists_with_one_compilation() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")

@@ -65,4 +65,6 @@ def test_kernels(file: Path, checks: dict[Path, Future[subprocess.CompletedProce
 
 def test_there_are_checks() -> None:
     """A glob that finds nothing would run nothing."""
-    assert {file.stem for file in CHECKS} >= {"check_backward", "check_forward"}
+    attention = {"check_backward", "check_forward"}
+    selection = {"check_selection", "check_selection_counts", "check_selection_rows"}
+    assert {file.stem for file in CHECKS} == attention | selection

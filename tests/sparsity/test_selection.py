@@ -257,3 +257,16 @@ def test_on_a_graphics_card_triton_chooses_blocks_where_it_runs_and_agrees(
         triton_trial._works.cache_clear()
     (record,) = caplog.records
     assert "chosen by sorting" in record.message and "other blocks" in record.message
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 1, 2, 90, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    arguments: dict[str, Any] = {"block_q": 4, "block_k": 4, "budgets": torch.tensor([[200, 117]])}
+    wanted = select(q, k, **arguments)
+    torch.set_default_dtype(dtype)
+    try:
+        given = select(q, k, **arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(given.row_ptr, wanted.row_ptr) and torch.equal(given.col, wanted.col)

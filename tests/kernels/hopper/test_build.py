@@ -54,6 +54,26 @@ def test_a_fresh_build_gives_the_shipped_bytes(compiled: build.Compiled) -> None
     assert json.loads(FACTS.read_text()) == build.facts_about(compiled)
 
 
+def test_a_check_fails_where_the_shipped_file_differs(
+    compiled: build.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / build.SHIPPED.name
+    monkeypatch.setattr(build, "SHIPPED", copy)
+    monkeypatch.setattr(build, "build", lambda compiler: compiled)
+    monkeypatch.setattr(build, "SHIPPING_COMPILER", compiled.compiler)
+    assert build.main([]) == 0 and build.main(["--check"]) == 0
+    image = bytearray(copy.read_bytes())
+    image[-1] ^= 1
+    copy.write_bytes(bytes(image))
+    assert build.main(["--check"]) == 1 and "differs" in capsys.readouterr().out
+
+
+def test_a_compiler_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("libnvrtc.so.12", "nvcc"):
+        assert build.main(["--check", "--compiler", str(tmp_path / name)]) == 1
+        assert "cannot be used" in capsys.readouterr().err
+
+
 def test_bad_logs_fail_the_build() -> None:
     build.check_log(build.Compiled(b"", log(), "nvcc 13.0"))
     bad = {

@@ -149,3 +149,12 @@ def test_the_trial(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
         assert isinstance(
             rows.rows_of(pool(*(x.to(device) for x in whole_numbers(9)), 8, 4)), bisected_rows.BisectedRows
         )
+
+
+def test_the_trial_does_not_hang_on_default_types_and_devices(device: torch.device) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert triton_trial.failure(device) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
