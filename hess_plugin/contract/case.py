@@ -83,6 +83,7 @@ class Case:
             manager=self.adapter.manager,
             block_q=self.block,
             block_k=self.block,
+            dense_from=1.0,  # totals are checked, on a GPU, too
             **options,
         )
 

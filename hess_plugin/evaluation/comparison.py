@@ -169,9 +169,11 @@ class Runner:
             allocation=arm.allocation,
             adapter=self.adapter.name,
             manager=self.adapter.manager,
-            # An evaluation measures what was asked for, whatever was found out before.
+            # An evaluation measures what was asked for, whatever was found out before, and equal totals: heads that a
+            # GPU would let keep more would favour uneven budgets.
             verdict="ignore",
             dense_below=0,
+            dense_from=1.0,
             **options,
         )
 
