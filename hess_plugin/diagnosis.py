@@ -168,7 +168,7 @@ def _on_a_gpu(problem: hess_plugin_cuda.Problem, backends: dict[str, BackendStat
     if chosen not in ("cuda_sm90", "triton") and "triton" in backends and backends["triton"].reason:
         told.append(f"triton goes before {chosen} where it runs; here {backends['triton'].reason}.")
     if capability[0] in (9, 10) and dense_kernels(problem.device, problem.dtype, problem.head_dim)[0] != "cudnn":
-        told.append("Dense attention is fastest by cuDNN 9.15 or later, which torch 2.11 brings.")
+        told.append("torch prefers cuDNN 9.15 or later for dense attention on this card; torch 2.11 brings it.")
     return told
 
 

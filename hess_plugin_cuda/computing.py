@@ -42,36 +42,22 @@ def gradients(
     """Gradients of q, k and v, of what `compute` returned."""
     # Autocast may be on where the backward pass is started, and was off in the forward pass.
     with torch.autocast(grad.device.type, enabled=False):
-        return _gradients(grad, q, k, v, out, lse, lists, scale, backend)
-
-
-def _gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = get_backend(resolve_backend(backend, problem_of(v, lists)))
-    full = _full_heads(lists) if chosen.dense_heads else ()
-    if not full:
-        return chosen.backward(grad, q, k, v, out, lse, lists, scale)
-    if len(full) == lists.heads:
-        return _dense_gradients(grad, q, k, v, scale)
-    whole = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    some = _index(full, q.device)
-    flow, some_q, some_k, some_v = _pick(some, grad, q, k, v)
-    _put(whole, some, _dense_gradients(flow, some_q, some_k, some_v, scale))
-    sparse = tuple(head for head in range(lists.heads) if head not in full)
-    some = _index(sparse, q.device)
-    flow, some_q, some_k, some_v, some_out, some_lse = _pick(some, grad, q, k, v, out, lse)
-    found = chosen.backward(flow, some_q, some_k, some_v, some_out, some_lse, lists.of_heads(sparse), scale)
-    _put(whole, some, found)
-    return whole
+        chosen = get_backend(resolve_backend(backend, problem_of(v, lists)))
+        full = _full_heads(lists) if chosen.dense_heads else ()
+        if not full:
+            return chosen.backward(grad, q, k, v, out, lse, lists, scale)
+        if len(full) == lists.heads:
+            return _dense_gradients(grad, q, k, v, scale)
+        whole = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        some = _index(full, q.device)
+        flow, some_q, some_k, some_v = _pick(some, grad, q, k, v)
+        _put(whole, some, _dense_gradients(flow, some_q, some_k, some_v, scale))
+        sparse = tuple(head for head in range(lists.heads) if head not in full)
+        some = _index(sparse, q.device)
+        flow, some_q, some_k, some_v, some_out, some_lse = _pick(some, grad, q, k, v, out, lse)
+        found = chosen.backward(flow, some_q, some_k, some_v, some_out, some_lse, lists.of_heads(sparse), scale)
+        _put(whole, some, found)
+        return whole
 
 
 def problem_of(v: Tensor, lists: BlockLists) -> Problem:

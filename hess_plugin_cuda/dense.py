@@ -43,8 +43,8 @@ FLAGS = threading.RLock()
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Softmax attention of all queries over all keys, by the best kernel that can run.
 
-    On a GPU that is cuDNN's on compute capability 9.x and 10.x, twice as fast there as FlashAttention 2, which comes
-    first elsewhere. torch chooses so by itself from 2.11 on, unless the caller has pinned its choice, as Pi3 does.
+    On a GPU that is cuDNN's on compute capability 9.x and 10.x, and FlashAttention 2 elsewhere: what torch prefers by
+    itself from 2.11 on, unless the caller has pinned its choice, as Pi3 does.
     There is no mask, so that no kernel is asked for what it computes wrongly (the memory-efficient one, masks past
     65536 tokens).
 

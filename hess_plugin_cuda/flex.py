@@ -46,7 +46,7 @@ class PaddedLists(NamedTuple):
 def refusal(problem: Problem) -> str | None:
     """Say in a few words why FlexAttention cannot compute a problem, or is of no use for it; None if it can."""
     if problem.device.type != "cuda":
-        return "outside a GPU it is slower than gather"
+        return "it needs a CUDA device"
     if problem.dtype == torch.float64:
         return "it computes in float32 at most"
     if problem.head_dim < 16:

@@ -81,10 +81,11 @@ def select_mass(
     _check_amounts(pooled, counts, budgets)
     _check_totals(pooled, head_totals)
     rows = rows_of(pooled)
-    if budgets is not None:
+    if counts is not None:
+        counts = counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
+    else:
+        assert budgets is not None  # one of the two was given
         counts = rows.spread(budgets.flatten())
-    assert counts is not None  # one of the two was given
-    counts = counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
     row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
     length, exact = _length(pooled, row_ptr, head_totals)

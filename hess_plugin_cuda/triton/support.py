@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,8 +36,15 @@ def refusal(problem: Problem) -> str | None:
 
 def device_refusal(device: torch.device) -> str | None:
     """Say in a few words why no kernel of Triton can run on a device, or None if one can."""
+    if is_interpreted():
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs an NVIDIA GPU"  # known without importing Triton
     missing = missing_triton()
-    return _unfit(device) if missing is None and not is_interpreted() else missing
+    if missing is not None:
+        return missing
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, and {device} has {major}.{minor}"
 
 
 @functools.cache
@@ -55,18 +63,11 @@ def missing_triton() -> str | None:
 @functools.cache
 def is_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on any device."""
+    if "TRITON_INTERPRET" not in os.environ or missing_triton() is not None:
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def _unfit(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "it needs an NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs compute capability 8.0, and {device} has {major}.{minor}"
-    return None
 
 
 def _one_of(sizes: tuple[int, ...]) -> str:
