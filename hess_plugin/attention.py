@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import weakref
@@ -18,6 +19,8 @@ import hess_plugin_cuda
 from . import sparsity
 from .exceptions import PatchError
 from .interception import SDPA
+from .model_budgets import LayerBudgets
+from .output_metric import OutputMetric
 from .place import Place
 from .plans import Layouts, Plan, allocate, make_plan
 from .report import Tally
@@ -30,7 +33,7 @@ GROUP = 2**23
 
 _log = logging.getLogger(__name__)
 _TOLD_SHORTFALL = 0.02
-_ANY_KERNEL = [
+ANY_KERNEL = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -68,17 +71,20 @@ class SiteAttention:
         layouts: Layouts,
         index: int,
         place: Place | None = None,
+        layered: LayerBudgets | None = None,
     ) -> None:
         # Its module holds this object: a strong reference back would keep dropped models, and originals of copies.
         self.site = replace(site, module=cast(nn.Module, weakref.proxy(site.module)))
         self.settings = settings
         self.place = place
+        self.layered = layered
         self.layouts = layouts
         self.tally = Tally(site)
         self._plans: dict[tuple[TokenLayout, torch.device, bool], Plan] = {}
         self._weights: Tensor | None = None
+        self._metric = OutputMetric(self.site)
         self._first = index == 0  # tells for all sites
-        if settings.allocation != "uniform":
+        if settings.allocation not in ("uniform", "harm"):
             even = torch.tensor([1.0] * site.num_heads, dtype=torch.float64, device="cpu")  # whatever context this is
             seed = settings.seed * 1009 + index  # every site shuffles differently
             self._weights = sparsity.head_weights(even if scores is None else scores, settings.allocation, seed=seed)
@@ -139,7 +145,7 @@ class SiteAttention:
         plan = self._plans.get(key)
         if plan is None:
             settings = self.settings if self.place is None else self.place.settle(self.site, query.device)
-            plan = make_plan(layout, settings, self._weights, self.site.num_heads, query.device)
+            plan = make_plan(layout, settings, self._weights, self.site.num_heads, query.device, self.layered)
             self._plans[key] = plan
             if self._first:
                 self._tell_shortfall(plan, settings)
@@ -151,6 +157,8 @@ class SiteAttention:
         if plan.layout.patch_tokens < settings.dense_below:
             return  # dense because it is asked for
         reached = 0.0 if plan.dense and not plan.spared else 1.0 - (plan.kept - plan.spared) / cap
+        if plan.model_sparsity is not None:  # single layers are to differ from what was asked for
+            reached = plan.model_sparsity
         asked = None if settings.allocation == "uncapped" else settings.sparsity  # uncapped loses surplus by design
         if asked is not None and abs(asked - reached) > _TOLD_SHORTFALL:
             _log.warning(
@@ -168,7 +176,7 @@ class SiteAttention:
             dtype = torch.get_autocast_dtype(device_type)
         groups = self._groups(query)
         # Pi3 pins SDPA to kernels that the backend's own dense calls may not find: open the choice again.
-        with torch.autocast(device_type, enabled=False), sdpa_kernel(_ANY_KERNEL):
+        with torch.autocast(device_type, enabled=False), sdpa_kernel(ANY_KERNEL):
             order, inverse = self.layouts.order(plan.layout, query.device)
             ordered = _Ordered(query, key, value, dtype, order)
             if len(groups) > 1:
@@ -176,7 +184,7 @@ class SiteAttention:
             q, k, v = ordered.all(groups[0])
             pooled = self._pool(plan, q, k, scale)
             amounts = self._amounts(plan, groups, [pooled], len(q))
-            return self._attend(q, k, v, pooled, amounts[0], scale).index_select(2, inverse)
+            return self._attend(q, k, v, pooled, amounts[0], groups[0], scale).index_select(2, inverse)
 
     def _groups(self, query: Tensor) -> list[slice]:
         """Heads to work on together: all of them, or few enough to copy in little memory."""
@@ -201,13 +209,28 @@ class SiteAttention:
         for index, some in enumerate(groups):
             q, k, v = ordered.all(some)
             own = self._pool(plan, q, k, scale) if pooled is None else pooled[index]
-            output[:, some].index_copy_(2, ordered.order, self._attend(q, k, v, own, amounts[index], scale))
+            output[:, some].index_copy_(2, ordered.order, self._attend(q, k, v, own, amounts[index], some, scale))
         return output
 
     @torch.no_grad()
     def _pool(self, plan: Plan, q: Tensor, k: Tensor, scale: float | None) -> sparsity.PooledTokens:
         patches, settings = plan.layout.patch_tokens, self.settings
-        return sparsity.pool(q[:, :, :patches], k[:, :, :patches], settings.block_q, settings.block_k, scale=scale)
+        return sparsity.pool(
+            q[:, :, :patches],
+            k[:, :, :patches],
+            settings.block_q,
+            settings.block_k,
+            scale=scale,
+            pool_q=settings.pool_q,
+            pool_k=settings.pool_k,
+            special=k[:, :, patches:],
+        )
+
+    def _pool_values(self, k: Tensor, v: Tensor, patches: int, some: slice) -> sparsity.PooledValues:
+        """Values of some heads in the metric of what the layer makes of them."""
+        root = self._metric.root(v.device)
+        own = None if root is None else root[some]
+        return sparsity.pool_values(k, v, patches, self.settings.block_k, pool_k=self.settings.pool_k, root=own)
 
     @torch.no_grad()
     def _amounts(
@@ -246,8 +269,10 @@ class SiteAttention:
         v: Tensor,
         pooled: sparsity.PooledTokens,
         amounts: dict[str, Any],
+        some: slice,
         scale: float | None,
     ) -> Tensor:
         """Choose the kept blocks of some heads, through which no gradient flows, and attend to them."""
-        lists = sparsity.SELECTORS[self.settings.selector](pooled, **amounts)
+        values = functools.partial(self._pool_values, k, v, pooled.key_tokens, some)
+        lists = sparsity.SELECTORS[self.settings.selector](pooled, values=values, **amounts)
         return hess_plugin_cuda.block_sparse_attention(q, k, v, lists, scale=scale, backend=self.settings.backend)

@@ -60,6 +60,7 @@ class Conditions:
         backend: name of the attention backend, resolved.
         block_q: patch queries in a block.
         block_k: patch keys in a block.
+        selection: how blocks were chosen, `Settings.selection`.
     """
 
     machine: str
@@ -68,6 +69,7 @@ class Conditions:
     backend: str
     block_q: int
     block_k: int
+    selection: str = "mass"
 
     @classmethod
     def of(
@@ -78,12 +80,13 @@ class Conditions:
         block_q: int,
         block_k: int,
         autocast: torch.dtype | None = None,
+        selection: str = "mass",
     ) -> Conditions:
         """Name the conditions of a model on a device."""
         from .machine import machine_key
 
         under = None if autocast is None else _name(autocast)
-        return cls(machine_key(device), _name(dtype), under, backend, block_q, block_k)
+        return cls(machine_key(device), _name(dtype), under, backend, block_q, block_k, selection)
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ class BreakEven:
             found = f"from {_size(smallest)} on, tried {self.timings[0].views} to {self.largest.views} views"
         return (
             f"{found}, of {self.height} x {self.width} px; {c.machine}, {c.dtype}, autocast {c.autocast or 'none'}, "
-            f"backend {c.backend}, sparsity {self.sparsity:g} ({self.allocation}), blocks {c.block_q} x {c.block_k}, "
-            f"{self.date}"
+            f"backend {c.backend}, sparsity {self.sparsity:g} ({self.allocation}), blocks {c.block_q} x {c.block_k}"
+            f"{_chosen(c)}, {self.date}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -173,6 +176,8 @@ class BreakEven:
         Raises:
             ProfileError: a field is missing, of another type, out of range, or contradicts the timings.
         """
+        if isinstance(data, dict):  # records of before there was a choice
+            data = {"selection": "mass", **data}
         record = checked(data, _RECORD, "")
         raw = record["timings"]
         timings = tuple(Timing(**checked(one, _TIMING, f"timings[{i}].")) for i, one in enumerate(raw))
@@ -195,6 +200,10 @@ def smallest_paying(timings: Sequence[Timing]) -> Timing | None:
     return found
 
 
+def _chosen(conditions: Conditions) -> str:
+    return "" if conditions.selection == "mass" else f" chosen by {conditions.selection}"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -210,7 +219,7 @@ _TIMING: dict[str, Check] = {
     "sparsity": SHARE,
 }
 _RECORD: dict[str, Check] = {
-    **dict.fromkeys(("machine", "dtype", "backend", "allocation"), TEXT),
+    **dict.fromkeys(("machine", "dtype", "backend", "allocation", "selection"), TEXT),
     **dict.fromkeys(("block_q", "block_k", "height", "width", "largest_tokens"), COUNT),
     **dict.fromkeys(("tokens", "views"), COUNT_OR_NULL),
     "autocast": TEXT_OR_NULL,

@@ -16,8 +16,10 @@ from .attention import SiteAttention
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
+from .harm_curves import model_curves
 from .interception import SDPA, LayoutHook, is_patched, restore, taken
 from .memory.lean import make_lean, unmake_lean
+from .model_budgets import LayerBudgets, ModelBudgets
 from .pickling import is_left_out
 from .place import Place
 from .plans import Layouts
@@ -37,11 +39,14 @@ def patch(
     sparse_ratio: float | None = None,
     cdf_threshold: float | None = None,
     allocation: str | None = None,
-    selector: str = "mass",
+    preset: str | None = None,
+    selector: str | None = None,
     backend: str = "auto",
     block_q: int = 128,
     block_k: int = 64,
-    block_order: str = "raster",
+    pool_q: int | None = None,
+    pool_k: int | None = None,
+    block_order: str | None = None,
     minimum: int = 2,
     camera_weight: float | None = None,
     projection: str = "q",
@@ -78,17 +83,31 @@ def patch(
         sparse_ratio: rho of SparseVGGT, the share of key blocks a row may drop.
         cdf_threshold: tau of SparseVGGT, the attention mass a row keeps.
         allocation: how the layer's total is divided among heads: ``hess`` (default with a profile),
-            ``uniform`` (default without), ``equal``, or the checks ``reverse``, ``uncapped``, ``random``.
-        selector: the rule that fills a budget; ``mass`` takes the blocks of largest pooled attention.
+            ``uniform`` (default without), ``equal``, or the checks ``reverse``, ``uncapped``, ``random``. ``harm``
+            divides one total over the heads of all layers, by harm curves of the profile, and takes a `sparsity`; of
+            the options of the score it follows `camera_weight` alone.
+        preset: settings that go well together, where they are not given: ``hess``, the method as published, or
+            ``accurate``, which chooses blocks by ``restore`` on halves of query blocks and divides budgets by ``harm``
+            if the profile has its curves; it keeps more of the accuracy and takes more time to choose. By default the
+            one that the profile was calibrated for, else ``hess``.
+        selector: the rule that fills a budget, by pooled queries, keys and values. ``mass`` takes the blocks of most
+            attention. ``drift`` takes those whose loss alone would change the output most. ``restore`` starts from
+            these and swaps kept blocks for dropped ones as long as the change by all dropped blocks together falls
+            (ReSS, arXiv 2609.35593).
         backend: attention code; ``auto`` chooses, a name must work or raises.
         block_q: patch queries in a block.
         block_k: patch keys in a block.
+        pool_q: patch queries pooled together when blocks are compared, a divisor of `block_q`; the whole block by
+            default. Fewer see differences inside a block and cost more: half a block about doubles the selection.
+        pool_k: patch keys pooled together likewise, a divisor of `block_k`.
         block_order: order in which the patches of a frame fill blocks: ``raster``, ``hilbert`` or ``tiles``.
         minimum: key blocks every row keeps at least.
         camera_weight: lambda of the score, 0 to 1; the profile's by default.
-        projection: whose traces make the score: ``q`` (the method) or the published ablations ``k`` and ``v``.
-        normalisation: how the errors' traces are made comparable: ``sum`` (the method), or the ablations ``raw``,
-            ``linear``, ``softmax`` and ``log`` (see `hess_plugin.scoring.Scoring`).
+        projection: whose traces make the score: ``q`` (the method), the published ablations ``k`` and ``v``, or
+            ``output``, the gradient by the heads' attention outputs, if the profile recorded it.
+        normalisation: how the errors' traces are made comparable: ``sum`` (the method), ``scene`` (the same for each
+            scene before they are averaged), or the ablations ``raw``, ``linear``, ``softmax`` and ``log`` (see
+            `hess_plugin.scoring.Scoring`).
         rows: ``all``, or ``patch`` for the gradient through patch tokens' rows alone, if the profile recorded it.
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
@@ -121,8 +140,10 @@ def patch(
             `verdict` ``refuse``, was shown to harm.
         PatchError: the model is patched already, or a setting is out of range.
     """
+    profile = _loaded(profile)
     settings = make_settings(
-        guided=profile is not None,
+        profile=profile,
+        preset=preset,
         sparsity=sparsity,
         sparse_ratio=sparse_ratio,
         cdf_threshold=cdf_threshold,
@@ -131,6 +152,8 @@ def patch(
         backend=backend,
         block_q=block_q,
         block_k=block_k,
+        pool_q=pool_q,
+        pool_k=pool_k,
         minimum=minimum,
         seed=seed,
         block_order=block_order,
@@ -160,17 +183,27 @@ def patch(
             "hess_plugin.unpatch) first."
         )
     sites = chosen.sites(model)
-    scores = stepped_aside = None
+    scores = stepped_aside = budgets = None
     if profile is not None:
-        profile = _checked(profile, sites, strict)
+        profile.check(sites, weights_fingerprint(sites) if strict else None)
         scoring = scoring.resolved(profile)
         scores = head_scores(profile, scoring)
         settings, stepped_aside = follow(profile, settings, scoring, sites, verdict, strict)
+        if settings.allocation == "harm":
+            budgets = ModelBudgets(*model_curves(profile, scoring.camera_weight))
     place = Place(settings, profile if dense_below is None else None)
     place.settle(sites[0])  # a backend that cannot run is told now, not in the first forward
-    layouts = Layouts(block_order, block_k)
+    layouts = Layouts(settings.block_order, block_k)
     attentions = [
-        SiteAttention(site, settings, None if scores is None else scores[i], layouts, i, place)
+        SiteAttention(
+            site,
+            settings,
+            None if scores is None else scores[i],
+            layouts,
+            i,
+            place,
+            None if budgets is None else LayerBudgets(budgets, i),
+        )
         for i, site in enumerate(sites)
     ]
     made = None if profile is None or stepped_aside is not None else scoring
@@ -202,13 +235,12 @@ def unpatch(model: nn.Module) -> int:
     return sum(restore(module) for module in model.modules())
 
 
-def _checked(profile: Profile | str | Path, sites: list[Site], strict: bool) -> Profile:
-    """Read a profile, if it is a file, and check it against the sites."""
+def _loaded(profile: Profile | str | Path | None) -> Profile | None:
+    """Read a profile, if it is a file."""
     if isinstance(profile, (str, Path)):
         profile = Profile.load(profile)
-    if not isinstance(profile, Profile):
+    if profile is not None and not isinstance(profile, Profile):
         raise PatchError(f"profile is of type {type(profile).__name__}, wanted a Profile or the name of its file.")
-    profile.check(sites, weights_fingerprint(sites) if strict else None)
     return profile
 
 

@@ -92,6 +92,12 @@ class Place:
         kind, settings = device.type, self.settings
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         conditions = Conditions.of(
-            device, self._dtype, self.backend, settings.block_q, settings.block_k, autocast=autocast
+            device,
+            self._dtype,
+            self.backend,
+            settings.block_q,
+            settings.block_k,
+            autocast=autocast,
+            selection=settings.selection,
         )
         return recorded_limit(profile, conditions, settings.sparsity)

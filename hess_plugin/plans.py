@@ -13,6 +13,7 @@ from torch import Tensor
 from . import sparsity
 from .block_order import BLOCK_ORDERS
 from .exceptions import PatchError
+from .model_budgets import LayerBudgets
 from .settings import Settings
 from .sites import TokenLayout
 
@@ -101,6 +102,7 @@ class Plan:
         head_budgets: `budgets` as Python integers, so that nothing waits for the device; empty where it is None.
         weights: shares of the heads ``[H]`` on that device, or None for the rule's own counts.
         spared: pairs that are kept beyond the budgets, by heads that a GPU computes dense.
+        model_sparsity: of all sites together, where a total is divided over them; else None.
     """
 
     layout: TokenLayout
@@ -112,6 +114,7 @@ class Plan:
     head_budgets: tuple[int, ...]
     weights: Tensor | None
     spared: int = 0
+    model_sparsity: float | None = None
 
     @property
     def kept(self) -> int:
@@ -125,7 +128,12 @@ class Plan:
 
 
 def make_plan(
-    layout: TokenLayout, settings: Settings, weights: Tensor | None, heads: int, device: torch.device
+    layout: TokenLayout,
+    settings: Settings,
+    weights: Tensor | None,
+    heads: int,
+    device: torch.device,
+    layered: LayerBudgets | None = None,
 ) -> Plan:
     """Plan one site's attention over a layout.
 
@@ -135,20 +143,25 @@ def make_plan(
         weights: shares of the heads ``[H]``, or None for the rule's own counts.
         heads: heads H.
         device: where the budgets are used.
+        layered: the site's part in the budgets of the whole model; None for budgets of its own.
     """
     rows = math.ceil(layout.patch_tokens / settings.block_q)
     columns = math.ceil(layout.patch_tokens / settings.block_k)
     asked = settings.keeps_all or layout.patch_tokens < settings.dense_below
     dense, budgets, spared = asked or columns <= settings.minimum, None, 0
+    model_sparsity = None
     # See Layouts.order: not inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         moved = None if weights is None else weights.to(device)
     if settings.sparsity is not None and not dense:
-        total = sparsity.target_total(settings.sparsity, heads, rows, columns, minimum=settings.minimum)
-        dense = total == heads * rows * columns
         with torch.inference_mode(False), torch.no_grad():
-            shares = torch.ones(heads, dtype=torch.float64, device="cpu") if weights is None else weights
-            budgets = allocate(total, shares, settings, rows, columns)
+            if layered is None:
+                total = sparsity.target_total(settings.sparsity, heads, rows, columns, minimum=settings.minimum)
+                shares = torch.ones(heads, dtype=torch.float64, device="cpu") if weights is None else weights
+                budgets = allocate(total, shares, settings, rows, columns)
+            else:
+                budgets, model_sparsity = layered.of(settings, rows, columns)
+            dense = int(budgets.min()) == rows * columns
             if device.type == "cuda":
                 budgets, spared = _with_dense_heads(budgets, rows * columns, settings.dense_from)
                 dense = dense or int(budgets.min()) == rows * columns
@@ -162,6 +175,7 @@ def make_plan(
         head_budgets=() if budgets is None else tuple(budgets.tolist()),
         weights=moved,
         spared=spared,
+        model_sparsity=model_sparsity,
     )
 
 

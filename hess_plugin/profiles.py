@@ -17,11 +17,16 @@ from torch import Tensor, nn
 
 from .exceptions import ProfileError, ProfileMismatch
 from .files import write_bytes
+from .harm_curves import HARM_NAMES, check_harm
 from .scoring import ERROR_NAMES, ROWS, Scoring, head_scores, trace_name
 from .sites import PROJECTIONS, Site
 
-FORMAT_VERSION = 2  # traces through patch rows may be there; without them a file is written as version 1
+# Version 2 has traces through patch rows, 3 has harm curves or traces of attention outputs. What an older version can
+# read is written for it.
+FORMAT_VERSION = 3
 _METADATA_KEY = "hess_profile"
+HARM = "harm."
+"""Before the names of harm curves where they lie beside traces."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Profile:
             ``points``, projections ``q``, ``k``, ``v``), float64 ``[scenes, L, H]``; a scene that has no such
             error holds NaN throughout. ``tr F`` of HeSS, eq. 6, is the mean over scenes. Optionally, all six
             again as ``"<error>.<projection>.patch"``: the gradient that went through patch tokens' rows alone.
+            Optionally ``"<error>.output"``: the squared gradient by each head's attention output, summed over patch
+            tokens.
+        harm: optionally what leaving out blocks of one head does to an error, to second order, at several kept shares
+            of its block pairs: ``camera`` and ``points``, float64 ``[scenes, L, H, K]``, NaN throughout a scene that
+            has no such error or too few blocks; ``shares``, the kept shares, ``[scenes, K]``, ascending.
         camera_weight: share of the camera trace in the score (lambda of HeSS, eq. 9).
         fingerprint: `weights_fingerprint` of the calibrated model.
         metadata: provenance (weights, resolution, dtype, versions, date, settings), JSON types only.
@@ -50,14 +60,17 @@ class Profile:
     camera_weight: float
     fingerprint: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    harm: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.scenes), len(self.sites), self.num_heads)
         wanted = {rows: {trace_name(e, p, rows) for e in ERROR_NAMES for p in PROJECTIONS} for rows in ROWS}
-        if set(self.traces) not in (wanted["all"], wanted["all"] | wanted["patch"]):
+        outputs = {trace_name(error, "output", "all") for error in ERROR_NAMES}
+        held = set(self.traces) - outputs if self.has_outputs else set(self.traces)
+        if held not in (wanted["all"], wanted["all"] | wanted["patch"]):
             raise ProfileError(
-                f"a profile holds the traces {sorted(wanted['all'])}, and none or all of {sorted(wanted['patch'])}; "
-                f"this one has {sorted(self.traces)}."
+                f"a profile holds the traces {sorted(wanted['all'])}, and none or all of {sorted(wanted['patch'])} and "
+                f"of {sorted(outputs)}; this one has {sorted(self.traces)}."
             )
         if not self.scenes or not self.sites or self.num_heads < 1:
             raise ProfileError(f"a profile needs scenes, sites and heads; this one has {shape} of them.")
@@ -70,23 +83,40 @@ class Profile:
                 raise ProfileError(f"trace {name!r} holds a negative or infinite value; calibrate again.")
         if not 0.0 <= self.camera_weight <= 1.0:
             raise ProfileError(f"camera_weight is {self.camera_weight}, wanted a number from 0 to 1.")
+        check_harm(self.harm, *shape)
+
+    @property
+    def has_harm(self) -> bool:
+        """Whether harm curves were recorded, which ``allocation="harm"`` needs."""
+        return bool(self.harm)
 
     @property
     def has_patch_rows(self) -> bool:
         """Whether the traces through patch rows were recorded, which ``rows="patch"`` needs."""
         return trace_name("camera", "q", "patch") in self.traces
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the traces of attention outputs were recorded, which ``projection="output"`` needs."""
+        return all(trace_name(error, "output", "all") in self.traces for error in ERROR_NAMES)
+
     def scene_traces(self, error: str, projection: str = "q", rows: str = "all") -> Tensor:
         """Look up one trace of every scene: ``[scenes, L, H]``, NaN throughout a scene without this error.
 
         Raises:
-            ProfileError: an unknown projection or rows, or the profile has no traces through patch rows.
+            ProfileError: an unknown projection or rows, or the profile has no traces through patch rows or of outputs.
         """
         Scoring(projection=projection, rows=rows)
         if rows == "patch" and not self.has_patch_rows:
             raise ProfileError(
                 "rows 'patch' needs traces through patch rows and this profile was calibrated without them; "
                 "calibrate again, or take rows 'all'."
+            )
+        if projection == "output" and not self.has_outputs:
+            raise ProfileError(
+                "projection 'output' needs traces of attention outputs, which are measured with harm curves, and this "
+                "profile was calibrated without them; calibrate again with --harm (calibrate(..., "
+                "harm=HarmSettings())), or take projection 'q'."
             )
         return self.traces[trace_name(error, projection, rows)]
 
@@ -149,8 +179,7 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile as safetensors with JSON metadata, atomically."""
         header = {
-            # What an older version can read is written for it.
-            "format_version": FORMAT_VERSION if self.has_patch_rows else 1,
+            "format_version": FORMAT_VERSION if self.has_harm or self.has_outputs else 2 if self.has_patch_rows else 1,
             "adapter": self.adapter,
             "sites": list(self.sites),
             "num_heads": self.num_heads,
@@ -159,7 +188,8 @@ class Profile:
             "fingerprint": self.fingerprint,
             "metadata": dict(self.metadata),
         }
-        tensors = {name: self.traces[name].double().contiguous().numpy() for name in sorted(self.traces)}
+        held = {**self.traces, **{f"{HARM}{name}": curves for name, curves in self.harm.items()}}
+        tensors = {name: held[name].double().contiguous().numpy() for name in sorted(held)}
         text = json.dumps(header, sort_keys=True)
         write_bytes(path, safetensors.numpy.save(tensors, metadata={_METADATA_KEY: text}))
 
@@ -172,11 +202,12 @@ class Profile:
         """
         header, tensors = _read(Path(path))
         version = header.get("format_version")
-        if version not in (1, FORMAT_VERSION):
+        if version not in range(1, FORMAT_VERSION + 1):
             raise ProfileError(
-                f"{path} has profile format {version}, this version of hess-plugin reads 1 and {FORMAT_VERSION}; "
+                f"{path} has profile format {version}, this version of hess-plugin reads 1 to {FORMAT_VERSION}; "
                 "upgrade hess-plugin or calibrate again."
             )
+        harm = {name: tensors.pop(f"{HARM}{name}") for name in HARM_NAMES if f"{HARM}{name}" in tensors}
         try:
             return cls(
                 adapter=str(header["adapter"]),
@@ -187,6 +218,7 @@ class Profile:
                 camera_weight=float(header["camera_weight"]),
                 fingerprint=str(header["fingerprint"]),
                 metadata=dict(header["metadata"]),
+                harm=harm,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a complete profile: {error!r} is missing or wrong.") from error

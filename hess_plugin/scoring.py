@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .profiles import Profile
 
 ERROR_NAMES = ("camera", "points")
-NORMALISATIONS = ("sum", "raw", "linear", "softmax", "log")
+TRACES = (*PROJECTIONS, "output")
+NORMALISATIONS = ("sum", "scene", "raw", "linear", "softmax", "log")
 ROWS = ("all", "patch")
 
 
@@ -26,11 +27,13 @@ ROWS = ("all", "patch")
 class Scoring:
     """Which score to make of a profile's traces; checked when made.
 
-    The method is the default. The others are ablations that HeSS names without a formula (sec. 4.7: raw traces; Table
-    1: linear, softmax, log), so what they compute is our reading. With ``t`` the mean trace of each head of a layer for
-    one error, each error's heads get the values
+    The method is the default. ``scene`` is ours; the others are ablations that HeSS names without a formula (sec. 4.7:
+    raw traces; Table 1: linear, softmax, log), so what they compute is our reading. With ``t`` the mean trace of each
+    head of a layer for one error, each error's heads get the values
 
     - ``sum``: ``t / sum(t)`` (HeSS, eq. 7 and 8);
+    - ``scene``: the mean over scenes of ``t_s / sum(t_s)``, t_s the trace of scene s, so that no scene outweighs the
+      others; a scene without gradient in a layer is left out there;
     - ``raw``: ``t``, so that the error with the larger gradients outweighs the other;
     - ``linear``: ``t / max(t)``;
     - ``softmax``: ``softmax(t / mean(t))``, very unequal where one head stands out;
@@ -41,11 +44,13 @@ class Scoring:
 
     Attributes:
         camera_weight: lambda of HeSS, eq. 9, from 0 (points only) to 1 (camera only); None for the profile's own.
-        projection: whose traces: ``q`` (the method) or the published ablations ``k`` and ``v``.
-        normalisation: ``sum`` (the method), ``raw``, ``linear``, ``softmax`` or ``log``.
+        projection: whose traces: ``q`` (the method), the published ablations ``k`` and ``v``, or ``output``, which
+            asks no weight but what sparsification changes: the squared gradient by the head's attention output, summed
+            over patch tokens.
+        normalisation: ``sum`` (the method), ``scene``, ``raw``, ``linear``, ``softmax`` or ``log``.
         rows: ``all`` takes the gradient through every token's row (the method). ``patch`` takes what went through
             the rows of patch tokens alone: special queries stay dense whatever the sparsity, so their gradient says
-            nothing about dropping blocks.
+            nothing about dropping blocks. ``output`` is of patch tokens by itself and leaves no such choice.
     """
 
     camera_weight: float | None = None
@@ -59,9 +64,14 @@ class Scoring:
             not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not 0.0 <= weight <= 1.0
         ):
             raise ProfileError(f"camera_weight {weight} was given, wanted a number from 0 (points) to 1 (camera).")
-        for name, known in (("projection", PROJECTIONS), ("normalisation", NORMALISATIONS), ("rows", ROWS)):
+        for name, known in (("projection", TRACES), ("normalisation", NORMALISATIONS), ("rows", ROWS)):
             if getattr(self, name) not in known:
                 raise ProfileError(f"{name} {getattr(self, name)!r} was given, wanted one of {', '.join(known)}.")
+        if self.projection == "output" and self.rows != "all":
+            raise ProfileError(
+                f"rows {self.rows!r} was given with projection 'output', which is of patch tokens alone by itself; "
+                "leave rows at 'all'."
+            )
 
     def resolved(self, profile: Profile) -> Scoring:
         """Fill in the profile's own camera weight where none is given."""
@@ -77,7 +87,10 @@ class Scoring:
 
 
 def trace_name(error: str, projection: str, rows: str) -> str:
-    """Name of a trace in a profile: ``<error>.<projection>``, with ``.patch`` for the gradient through patch rows."""
+    """Name of a trace in a profile.
+
+    ``<error>.<projection>``, with ``.patch`` for the gradient through patch rows; ``<error>.output``.
+    """
     return f"{error}.{projection}" if rows == "all" else f"{error}.{projection}.{rows}"
 
 
@@ -88,7 +101,8 @@ def mix(camera: Tensor, points: Tensor, camera_weight: float, normalisation: str
     alone is the score there.
 
     Args:
-        camera: mean traces ``[..., L, H]`` float64, NaN throughout a layer where there are none.
+        camera: mean traces ``[..., L, H]`` float64, NaN throughout a layer where there are none; for ``scene`` the
+            mean of `scene_shares`.
         points: likewise.
         camera_weight: lambda, 0 to 1.
         normalisation: one of `NORMALISATIONS`.
@@ -103,7 +117,7 @@ def mix(camera: Tensor, points: Tensor, camera_weight: float, normalisation: str
 def _values(trace: Tensor, normalisation: str) -> Tensor:
     """Make one error comparable: ``[..., H]``, zero where the layer has no gradient."""
     total = trace.sum(-1, keepdim=True)
-    if normalisation == "sum":
+    if normalisation in ("sum", "scene"):
         values = trace / total
     elif normalisation == "raw":
         values = trace
@@ -112,8 +126,23 @@ def _values(trace: Tensor, normalisation: str) -> Tensor:
     else:
         relative = trace / trace.mean(-1, keepdim=True)
         values = relative.softmax(-1) if normalisation == "softmax" else relative.log1p()
+    return torch.where(_is_known(total), values, 0.0)
+
+
+def _is_known(total: Tensor) -> Tensor:
+    """Whether shares of a total tell anything."""
     # A comparison with NaN is false, too. Below the smallest normal number a quotient has lost its digits.
-    return torch.where(total >= sys.float_info.min, values, 0.0)
+    return total >= sys.float_info.min
+
+
+def scene_shares(traces: Tensor) -> Tensor:
+    """Shares of the heads in each layer of each scene: ``[scenes, L, H]``, NaN where a layer has no gradient.
+
+    Args:
+        traces: ``[scenes, L, H]``, NaN throughout a scene without the error.
+    """
+    total = traces.sum(-1, keepdim=True)
+    return torch.where(_is_known(total), traces / total, torch.nan)
 
 
 def head_scores(profile: Profile, scoring: Scoring | None = None) -> Tensor:
@@ -162,8 +191,17 @@ def error_shares(profile: Profile, scoring: Scoring | None = None) -> dict[str, 
 
 
 def _mixed_means(profile: Profile, scoring: Scoring) -> Tensor:
-    means = [profile.mean_traces(error, scoring.projection, scoring.rows) for error in ERROR_NAMES]
+    means = [_mean(profile, error, scoring) for error in ERROR_NAMES]
     missing = torch.full((len(profile.sites), profile.num_heads), torch.nan, dtype=torch.float64)
     camera, points = (missing if mean is None else mean.double() for mean in means)
     assert scoring.camera_weight is not None
     return mix(camera, points, scoring.camera_weight, scoring.normalisation)
+
+
+def _mean(profile: Profile, error: str, scoring: Scoring) -> Tensor | None:
+    """What `mix` takes of one error, ``[L, H]``, or None if no scene has it."""
+    mean = profile.mean_traces(error, scoring.projection, scoring.rows)
+    if mean is None or scoring.normalisation != "scene":
+        return mean
+    traces = profile.scene_traces(error, scoring.projection, scoring.rows).double()
+    return scene_shares(traces).nanmean(0).nan_to_num(0.0)

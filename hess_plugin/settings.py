@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import sparsity
 from .block_order import BLOCK_ORDERS
 from .exceptions import PatchError
+from .presets import chosen, find_preset
+
+if TYPE_CHECKING:
+    from .profiles import Profile
 
 MEMORY = ("plain", "lean")
 DEFAULT_SPARSITY = 0.73
 DENSE_FROM = 0.8
 UNFIT = ("raise", "dense")
-ALLOCATIONS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
+ALLOCATIONS = ("uniform", "equal", "hess", "harm", "reverse", "uncapped", "random")
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class Settings:
         sparse_ratio: rho of SparseVGGT, the share of key blocks a row may drop; or None.
         cdf_threshold: tau of SparseVGGT, the attention mass a row keeps; or None.
         allocation: ``uniform`` (the rule's own counts), ``equal`` (same total, the same budget for every
-            head), ``hess`` (budgets by score), and the checks of the method: ``reverse`` (inverted ranking),
-            ``uncapped`` (surplus over a full head is lost), ``random`` (scores shuffled among heads).
+            head), ``hess`` (budgets by score), ``harm`` (over the whole model, by measured harm; with a sparsity only),
+            and the checks of the method: ``reverse`` (inverted ranking), ``uncapped`` (surplus over a full head is
+            lost), ``random`` (scores shuffled among heads).
         selector: the rule that fills a budget.
         backend: the code that computes attention over block lists.
         block_q: patch queries in a block.
@@ -38,6 +43,8 @@ class Settings:
         dense_below: patch tokens of a forward below which nothing is dropped; 0 for no such limit.
         memory: ``plain``, or ``lean`` for inference in less memory.
         dense_from: share of its pairs from which on a head keeps all of them on a GPU; 1 for budgets as they are.
+        pool_q: patch queries pooled together where blocks are compared, a divisor of `block_q`; None for a whole block.
+        pool_k: patch keys pooled together likewise, a divisor of `block_k`.
     """
 
     sparsity: float | None
@@ -54,6 +61,8 @@ class Settings:
     dense_below: int = 0
     memory: str = "plain"
     dense_from: float = DENSE_FROM
+    pool_q: int | None = None
+    pool_k: int | None = None
 
     def __post_init__(self) -> None:
         rule = self.sparse_ratio is not None or self.cdf_threshold is not None
@@ -73,6 +82,11 @@ class Settings:
             raise PatchError(f"dense_from is {self.dense_from!r}, wanted a number above 0, to 1.")
         if self.allocation not in ALLOCATIONS:
             raise PatchError(f"allocation is {self.allocation!r}, wanted one of {', '.join(ALLOCATIONS)}.")
+        if self.allocation == "harm" and self.sparsity is None:
+            raise PatchError(
+                "allocation 'harm' divides one total over all layers, which sparse_ratio and cdf_threshold leave open; "
+                "give a sparsity."
+            )
         if self.block_order not in BLOCK_ORDERS:
             raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
         if self.memory not in MEMORY:
@@ -83,6 +97,19 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise PatchError(f"{name} is {value!r}, wanted a whole number of at least {least} (an int).")
+        for name, block in (("pool_q", self.block_q), ("pool_k", self.block_k)):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1 or block % value
+            ):
+                raise PatchError(f"{name} is {value!r}, wanted a divisor of the {block} tokens of its block, or None.")
+
+    @property
+    def selection(self) -> str:
+        """How blocks are chosen, in words: the selector, what it pools if not whole blocks, and their order."""
+        pools = (self.pool_q or self.block_q, self.pool_k or self.block_k)
+        pooled = "" if pools == (self.block_q, self.block_k) else f" by {pools[0]} x {pools[1]}"
+        return f"{self.selector}{pooled}{'' if self.block_order == 'raster' else f', {self.block_order} order'}"
 
     @property
     def keeps_all(self) -> bool:
@@ -92,31 +119,57 @@ class Settings:
 
 def make_settings(
     *,
-    guided: bool,
+    profile: Profile | None,
+    preset: str | None = None,
     sparsity: float | None = None,
     sparse_ratio: float | None = None,
     cdf_threshold: float | None = None,
     allocation: str | None = None,
+    selector: str | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    pool_q: int | None = None,
+    pool_k: int | None = None,
+    block_order: str | None = None,
     **others: Any,
 ) -> Settings:
     """Fill in what `patch` takes by default.
 
     Args:
-        guided: whether a profile is given.
+        profile: of the patch.
+        preset: as in `patch`.
         sparsity: as in `patch`.
         sparse_ratio: as in `patch`.
         cdf_threshold: as in `patch`.
         allocation: as in `patch`.
+        selector: as in `patch`.
+        block_q: as in `patch`.
+        block_k: as in `patch`.
+        pool_q: as in `patch`.
+        pool_k: as in `patch`.
+        block_order: as in `patch`.
         **others: further fields of `Settings`.
 
     Raises:
         PatchError: a setting is out of range.
+        ProfileError: the profile's preset is unknown.
     """
+    by = find_preset(preset, profile)
     if sparsity is None and sparse_ratio is None and cdf_threshold is None:
         sparsity = DEFAULT_SPARSITY
     if allocation is None:
-        allocation = "hess" if guided else "uniform"
-    return Settings(sparsity, sparse_ratio, cdf_threshold, allocation, **others)
+        allocation = by.allocation(profile, sparsity)
+    given = {"selector": selector, "pool_q": pool_q, "pool_k": pool_k, "block_order": block_order}
+    return Settings(
+        sparsity,
+        sparse_ratio,
+        cdf_threshold,
+        allocation,
+        block_q=block_q,
+        block_k=block_k,
+        **chosen(by, block_q, block_k, given),
+        **others,
+    )
 
 
 def check_unfit(unfit: str) -> None:

@@ -46,6 +46,8 @@ class Site:
         projections: where W_Q, W_K and W_V are, by the letters ``q``, ``k``, ``v``.
         network: name of the module that holds all sites where people also hold it without what is around it (the
             ``model`` of Depth Anything 3); ``""`` is the model itself.
+        output: name of the weight ``[C, H * d]`` inside the module that joins the heads' outputs (W_O, columns
+            head-major); None where there is no such weight, and heads' outputs are then compared as they are.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Site:
     layout_module: str
     projections: Mapping[str, Projection]
     network: str = ""
+    output: str | None = None
 
     @property
     def key(self) -> str:
@@ -82,15 +85,25 @@ class Site:
             AdapterError: there is no such tensor.
         """
         name = self.projections[projection].parameter
-        found: Any = self.module
-        for part in name.split("."):
-            found = getattr(found, part, None)
+        found = self._find(name)
         if not isinstance(found, Tensor):
             raise AdapterError(
                 f"{self.name}.{name} ({type(self.module).__name__}) is not a tensor but "
                 f"{'missing' if found is None else 'a ' + type(found).__name__}; another tool replaced the layer (a "
                 "quantised one keeps no weight to read); undo that first."
             )
+        return found
+
+    def output_weight(self) -> Tensor | None:
+        """Return W_O ``[C, H * d]`` as it is now, or None where there is none of that shape to read."""
+        weight = None if self.output is None else self._find(self.output)
+        fits = isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == self.num_heads * self.head_dim
+        return weight if fits and not hasattr(weight, "full_tensor") and not weight.is_meta else None
+
+    def _find(self, name: str) -> Any:
+        found: Any = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
         return found
 
     def head_rows(self, gradient: Tensor, projection: str = "q") -> Tensor:
@@ -104,6 +117,8 @@ class Site:
 def fused_site(model: nn.Module, name: str, layout_module: str, network: str = "") -> Site:
     """Describe an attention module with one fused ``qkv`` linear layer, rows q | k | v, head-major.
 
+    If it has a linear layer ``proj``, that is taken for the one that joins the heads.
+
     Raises:
         AdapterError: the module has no ``num_heads`` or no ``qkv`` weight of three equal parts.
     """
@@ -116,7 +131,7 @@ def fused_site(model: nn.Module, name: str, layout_module: str, network: str = "
         )
     width = weight.shape[0] // 3
     projections = {letter: Projection("qkv.weight", i * width) for i, letter in enumerate(PROJECTIONS)}
-    return Site(name, module, num_heads, width // num_heads, layout_module, projections, network)
+    return Site(name, module, num_heads, width // num_heads, layout_module, projections, network, "proj.weight")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .agreement import default_top, spearman, top_overlap, total_variation
 from .exceptions import ProfileError
-from .scoring import ERROR_NAMES, Scoring, head_scores, mix
+from .scoring import ERROR_NAMES, Scoring, head_scores, mix, scene_shares
 
 if TYPE_CHECKING:
     from .profiles import Profile
@@ -100,9 +100,14 @@ def sampled_scores(profile: Profile, weights: Tensor, scoring: Scoring | None = 
     for error in ERROR_NAMES:
         traces = profile.scene_traces(error, scoring.projection, scoring.rows).double()
         measured = _measured(traces)
-        kept = weights.double()[:, measured]
-        total = (kept @ traces[measured].flatten(1)).unflatten(1, traces.shape[1:])
-        means.append(total / kept.sum(1)[:, None, None])  # 0/0: this draw has no such error
+        kept, traces = weights.double()[:, measured], traces[measured]
+        counts = kept.sum(1)[:, None, None]
+        if scoring.normalisation == "scene":
+            traces = scene_shares(traces)
+            counts = (kept @ (~traces.isnan().any(-1)).double())[..., None]
+            traces = traces.nan_to_num(0.0)
+        total = (kept @ traces.flatten(1)).unflatten(1, traces.shape[1:])
+        means.append(total / counts)  # 0/0: this draw has no such error
     return mix(means[0], means[1], scoring.camera_weight, scoring.normalisation)
 
 

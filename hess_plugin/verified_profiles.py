@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from .exceptions import ProfileError
 from .profiles import Profile
@@ -27,12 +29,25 @@ def traces_digest(profile: Profile) -> str:
     Returns:
         16 hexadecimal digits.
     """
+    return _digest(profile, profile.traces)
+
+
+def harm_digest(profile: Profile) -> str:
+    """Digest the harm curves exactly; a verdict on budgets by score outlives them.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return _digest(profile, profile.harm)
+
+
+def _digest(profile: Profile, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{profile.adapter}{profile.sites}".encode())
-    for name in sorted(profile.traces):
-        trace = profile.traces[name].detach().cpu().double().contiguous()
-        digest.update(f"{name}{tuple(trace.shape)}".encode())
-        digest.update(trace.numpy().tobytes())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().double().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

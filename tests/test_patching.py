@@ -517,7 +517,7 @@ def test_a_sparsity_target_is_met_to_one_block_pair(tiny_model: TinyVGGT, target
 
 
 @pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"cdf_threshold": 0.6}])
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("allocation", [name for name in ALLOCATIONS if name != "harm"])  # over all layers at once
 def test_every_allocation_divides_one_total_by_the_scores(
     tiny_model: TinyVGGT, allocation: str, rule: dict[str, float]
 ) -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from hess_plugin import Profile
 from hess_plugin.cli import main
-from hess_plugin.scoring import ERROR_NAMES, NORMALISATIONS, ROWS
+from hess_plugin.scoring import ERROR_NAMES, NORMALISATIONS, ROWS, TRACES
 from hess_plugin.sites import PROJECTIONS
 
 Invoke = Callable[..., Result]
@@ -209,7 +209,7 @@ def test_every_command_that_makes_a_score_takes_the_same_options(command: str) -
     """The choices are spelt out on the command line, where importing the library would take a second."""
     options = {option.name: option for option in main.commands[command].params}
     assert isinstance(options["camera_weight"].type, click.FloatRange)
-    for name, known in (("projection", PROJECTIONS), ("normalisation", NORMALISATIONS), ("rows", ROWS)):
+    for name, known in (("projection", TRACES), ("normalisation", NORMALISATIONS), ("rows", ROWS)):
         choice = options[name].type
         assert isinstance(choice, click.Choice) and tuple(choice.choices) == known
         assert options[name].default == known[0]

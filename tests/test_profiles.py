@@ -152,7 +152,7 @@ def rewrite(path: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda h, t: h.update(format_version=FORMAT_VERSION + 1), "has profile format 3, .* reads 1 and 2; upgrade"),
+        (lambda h, t: h.update(format_version=FORMAT_VERSION + 1), "has profile format 4, .* reads 1 to 3; upgrade"),
         (lambda h, t: h.pop("format_version"), "has profile format None"),
         (lambda h, t: h.pop("sites"), "is not a complete profile: KeyError"),
         (lambda h, t: h.update(num_heads="four"), "is not a complete profile"),
@@ -208,6 +208,79 @@ def test_patch_rows_are_written_read_and_looked_up(tmp_path: Path) -> None:
 def test_what_an_older_version_can_read_is_written_for_it(tmp_path: Path) -> None:
     make().save(tmp_path / "a.hess")
     assert format_of(tmp_path / "a.hess") == 1 and not Profile.load(tmp_path / "a.hess").has_patch_rows
+
+
+def with_outputs(**changes: Any) -> Profile:
+    shape = (3, 3, 4)
+    generator = torch.Generator().manual_seed(5)
+    traces = {f"{e}.output": torch.rand(shape, dtype=torch.float64, generator=generator) for e in ERROR_NAMES}
+    return make(traces=traces_of() | traces, **changes)
+
+
+def test_traces_of_outputs_are_written_read_and_looked_up(tmp_path: Path) -> None:
+    for profile in (with_outputs(), with_outputs(harm=with_harm().harm)):
+        profile.save(tmp_path / "a.hess")
+        loaded = Profile.load(tmp_path / "a.hess")
+        assert loaded.has_outputs and not loaded.has_patch_rows and format_of(tmp_path / "a.hess") == 3
+        assert torch.equal(loaded.scene_traces("points", "output"), profile.traces["points.output"])
+        assert torch.equal(loaded.scores(projection="output"), profile.scores(projection="output"))
+        assert not torch.allclose(loaded.scores(projection="output"), loaded.scores())
+    with pytest.raises(ProfileError, match=r"projection 'output' needs traces of attention outputs, .*--harm"):
+        make().scores(projection="output")
+    half = dict(with_outputs().traces)
+    half.pop("camera.output")
+    with pytest.raises(ProfileError, match=r"none or all of .* and of \['camera\.output', 'points\.output'\]"):
+        make(traces=half)
+
+
+def with_harm(**changes: Any) -> Profile:
+    """Curves at two shares; the second scene has no camera error, the third too few blocks."""
+    generator = torch.Generator().manual_seed(3)
+    harm = {name: torch.rand((3, 3, 4, 2), dtype=torch.float64, generator=generator) for name in ERROR_NAMES}
+    harm["shares"] = torch.tensor([[0.25, 0.5], [0.2, 0.2], [0.0, 0.0]], dtype=torch.float64)
+    harm["camera"][1] = torch.nan
+    for curves in harm.values():
+        curves[2] = torch.nan
+    return make(**{"harm": harm, **changes})
+
+
+def test_harm_curves_are_written_and_read_bit_for_bit(tmp_path: Path) -> None:
+    for profile in (with_harm(), with_harm(traces=with_patch_rows().traces)):
+        profile.save(tmp_path / "a.hess")
+        loaded = Profile.load(tmp_path / "a.hess")
+        assert loaded.has_harm and format_of(tmp_path / "a.hess") == 3 and len(loaded.traces) == len(profile.traces)
+        for name, curves in profile.harm.items():
+            assert torch.equal(loaded.harm[name].view(torch.int64), curves.view(torch.int64)), name
+        weighed = loaded.with_camera_weight(0.9)
+        assert weighed.harm is loaded.harm and torch.equal(weighed.scores(), make(camera_weight=0.9).scores())
+    make().save(tmp_path / "a.hess")
+    assert not Profile.load(tmp_path / "a.hess").has_harm and format_of(tmp_path / "a.hess") == 1
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            lambda harm: harm.pop("shares"),
+            r"harm curves are camera, points, shares; this profile has \['camera', 'points'\]",
+        ),
+        (lambda harm: harm.update(camera=harm["camera"][:2]), r"harm 'camera' has shape \[2, 3, 4, 2\], wanted"),
+        (lambda harm: harm.update(points=harm["points"][..., :1]), "harm 'points' has shape"),
+        (lambda harm: harm.update(shares=harm["shares"][0]), "harm 'shares' has shape"),
+        (lambda harm: harm["points"][0, 0].neg_(), "harm 'points' holds a negative or infinite value"),
+        (lambda harm: harm["points"][0, 0].div_(0), "harm 'points' holds a negative or infinite value"),
+        (lambda harm: harm["points"][0, 0].fill_(torch.nan), "harm 'points' is partly not a number in a scene"),
+        (lambda harm: harm["shares"][0, 0].fill_(0.6), "harm 'shares' do not ascend"),
+        (lambda harm: harm["shares"][0, 1].fill_(1.1), "harm 'shares' do not ascend"),
+        (lambda harm: harm["shares"][0].fill_(0.0), "harm 'shares' do not ascend"),
+        (lambda harm: harm["shares"][1].fill_(torch.nan), "harm 'points' has a curve in a scene without shares"),
+    ],
+)
+def test_harm_curves_that_are_wrong_are_told(tmp_path: Path, change: Any, sentence: str) -> None:
+    harm = dict(with_harm().harm)
+    change(harm)
+    with pytest.raises(ProfileError, match=sentence):
+        with_harm(harm=harm)
 
 
 @pytest.mark.parametrize("missing", ["camera.q.patch", "points.v.patch"])

@@ -17,22 +17,32 @@ from hess_plugin.demo.model import TinyVGGT
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import weights_fingerprint
-from hess_plugin.scoring import ERROR_NAMES, NORMALISATIONS, ROWS, Scoring, error_shares, head_scores, mix
-from hess_plugin.sites import PROJECTIONS
-
-OPTIONS = st.builds(
+from hess_plugin.scoring import (
+    ERROR_NAMES,
+    NORMALISATIONS,
+    ROWS,
+    TRACES,
     Scoring,
+    error_shares,
+    head_scores,
+    mix,
+    scene_shares,
+    trace_name,
+)
+
+CHOICES = [(trace, rows) for trace in TRACES for rows in ROWS if (trace, rows) != ("output", "patch")]
+OPTIONS = st.builds(
+    lambda weight, choice, normalisation: Scoring(weight, choice[0], normalisation, choice[1]),
     st.one_of(st.none(), st.floats(0, 1)),
-    st.sampled_from(PROJECTIONS),
+    st.sampled_from(CHOICES),
     st.sampled_from(NORMALISATIONS),
-    st.sampled_from(ROWS),
 )
 
 
 def profile_of(traces: Mapping[str, Tensor], camera_weight: float = 0.3) -> Profile:
     """A profile with these traces, all others one."""
     scenes, layers, heads = next(iter(traces.values())).shape
-    names = [f"{e}.{p}{rows}" for e in ERROR_NAMES for p in PROJECTIONS for rows in ("", ".patch")]
+    names = [trace_name(error, trace, rows) for error in ERROR_NAMES for trace, rows in CHOICES]
     ones = {name: torch.ones(scenes, layers, heads, dtype=torch.float64) for name in names}
     return Profile(
         adapter="vggt",
@@ -46,7 +56,7 @@ def profile_of(traces: Mapping[str, Tensor], camera_weight: float = 0.3) -> Prof
 
 
 def random_profile(seed: int, scenes: int = 3, layers: int = 2, heads: int = 4) -> Profile:
-    """Traces over forty orders of magnitude; some scenes lack an error, some layers a gradient."""
+    """Traces over forty orders of magnitude; some scenes lack an error, some layers a gradient, all or in a scene."""
     generator = torch.Generator().manual_seed(seed)
     shape = (scenes, layers, heads)
 
@@ -57,12 +67,12 @@ def random_profile(seed: int, scenes: int = 3, layers: int = 2, heads: int = 4) 
     for error in ERROR_NAMES:
         missing, silent = chance(scenes) < 0.2, chance(layers) < 0.2
         size = 10.0 ** torch.randint(-20, 20, (), generator=generator)
-        for projection in PROJECTIONS:
-            for rows in ("", ".patch"):
-                trace = chance(*shape) ** 4 * size
-                trace[:, silent] = 0
-                trace[missing] = torch.nan
-                traces[f"{error}.{projection}{rows}"] = trace
+        for projection, rows in CHOICES:
+            trace = chance(*shape) ** 4 * size
+            trace[:, silent] = 0
+            trace[chance(scenes, layers) < 0.1] = 0
+            trace[missing] = torch.nan
+            traces[trace_name(error, projection, rows)] = trace
     return profile_of(traces, camera_weight=chance(1).item())
 
 
@@ -71,7 +81,7 @@ def plain_values(trace: Sequence[float], normalisation: str) -> list[float]:
     mean = sum(trace) / len(trace)
     if normalisation == "sum":
         return [t / sum(trace) for t in trace]
-    if normalisation == "raw":
+    if normalisation in ("raw", "scene"):
         return list(trace)
     if normalisation == "linear":
         return [t / max(trace) for t in trace]
@@ -91,6 +101,8 @@ def plain_scores(profile: Profile, scoring: Scoring) -> list[list[float]] | None
         for error, share in (("camera", weight), ("points", 1 - weight)):
             scenes = profile.traces[f"{error}.{scoring.projection}{suffix}"][:, layer].tolist()
             scenes = [scene for scene in scenes if not math.isnan(scene[0])]
+            if scoring.normalisation == "scene":
+                scenes = [[value / sum(scene) for value in scene] for scene in scenes if sum(scene) > 0]
             trace = [sum(values) / len(scenes) for values in zip(*scenes, strict=True)]
             if sum(trace) > 0:
                 for head, value in enumerate(plain_values(trace, scoring.normalisation)):
@@ -127,15 +139,15 @@ def test_the_default_is_the_method() -> None:
 
 
 def test_every_option_changes_the_score() -> None:
-    profile = random_profile(7, heads=8)
+    names = [trace_name(error, trace, rows) for error in ERROR_NAMES for trace, rows in CHOICES]
+    profile = profile_of({name: torch.rand(3, 2, 8, dtype=torch.float64) for name in names})
     found = {
         tuple(profile.scores(weight, projection, normalisation, rows).flatten().tolist())
         for weight in (0.2, 0.8)
-        for projection in PROJECTIONS
+        for projection, rows in CHOICES
         for normalisation in NORMALISATIONS
-        for rows in ROWS
     }
-    assert len(found) == 2 * 3 * 5 * 2
+    assert len(found) == 2 * 7 * 6
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -167,21 +179,38 @@ def test_ablations_spread_heads_as_documented() -> None:
     assert top["raw"] == pytest.approx(top["sum"]) == pytest.approx(top["linear"])  # both errors are the same here
 
 
+def test_by_scene_no_scene_outweighs_the_others() -> None:
+    camera = torch.tensor([[[1.0, 3.0]], [[3.0, 1.0]], [[3.0, 1.0]], [[0.0, 0.0]]], dtype=torch.float64)
+    camera[0] *= 1e6  # one scene has nearly all of the trace
+    profile = profile_of({"camera.q": camera, "points.q": camera})
+    torch.testing.assert_close(profile.scores()[0], torch.tensor([0.25, 0.75], dtype=torch.float64), rtol=1e-5, atol=0)
+    wanted = torch.tensor([(0.25 + 0.75 + 0.75) / 3, (0.75 + 0.25 + 0.25) / 3], dtype=torch.float64)
+    torch.testing.assert_close(
+        profile.scores(normalisation="scene")[0], wanted
+    )  # the scene without gradient is left out
+    shares = scene_shares(camera)
+    assert bool(shares[3].isnan().all()) and not bool(shares[:3].isnan().any())
+
+
 # ---------------------------------------------------------------- errors that are missing
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_a_layer_without_camera_gradient_is_scored_by_its_points(normalisation: str) -> None:
+@pytest.mark.parametrize("projection, rows", [("q", "all"), ("q", "patch"), ("output", "all")])
+def test_a_layer_without_camera_gradient_is_scored_by_its_points(
+    normalisation: str, projection: str, rows: str
+) -> None:
     camera, points = torch.rand(2, 3, 4, dtype=torch.float64), torch.rand(2, 3, 4, dtype=torch.float64)
     camera[:, 1] = 0  # what the last layer of a model may do
-    profile = profile_of({"camera.q": camera, "points.q": points})
-    alone = profile.scores(0.0, normalisation=normalisation)
+    both = zip(ERROR_NAMES, (camera, points), strict=True)
+    profile = profile_of({trace_name(error, projection, rows): traces for error, traces in both})
+    alone = profile.scores(0.0, projection, normalisation, rows)
     for weight in (0.3, 0.5, 0.999):
-        scores = profile.scores(weight, normalisation=normalisation)
+        scores = profile.scores(weight, projection, normalisation, rows)
         torch.testing.assert_close(scores[1], alone[1])
         assert not torch.allclose(scores[0], alone[0])
     with pytest.raises(ProfileError, match=r"no gradient at aggregator\.global_blocks\.1\.attn \(1 of 3 sites\)"):
-        profile.scores(1.0, normalisation=normalisation)
+        profile.scores(1.0, projection, normalisation, rows)
 
 
 def test_an_error_that_no_scene_has() -> None:
@@ -227,9 +256,13 @@ def test_a_quotient_of_numbers_too_small_to_divide_is_no_information() -> None:
         ({"camera_weight": float("nan")}, "camera_weight nan was given"),
         ({"camera_weight": "0.5"}, r"camera_weight 0\.5 was given, wanted a number"),
         ({"camera_weight": True}, "camera_weight True was given"),
-        ({"projection": "o"}, "projection 'o' was given, wanted one of q, k, v"),
+        ({"projection": "o"}, "projection 'o' was given, wanted one of q, k, v, output"),
+        ({"projection": "output", "rows": "patch"}, "with projection 'output', which is of patch tokens alone"),
         ({"projection": ""}, "projection '' was given"),
-        ({"normalisation": "max"}, "normalisation 'max' was given, wanted one of sum, raw, linear, softmax, log"),
+        (
+            {"normalisation": "max"},
+            "normalisation 'max' was given, wanted one of sum, scene, raw, linear, softmax, log",
+        ),
         ({"rows": "special"}, "rows 'special' was given, wanted one of all, patch"),
     ],
 )

@@ -107,10 +107,11 @@ def check_options(options: dict[str, Any], profile: Profile | None, *, guided: b
         raise PatchError(f"backend is {options['backend']!r}, wanted one of {', '.join(backends)}.")
     if profile is not None and not isinstance(profile, Profile):
         raise PatchError(f"profile is of type {type(profile).__name__}, wanted a Profile or the name of its file.")
-    settings = {name: value for name, value in options.items() if name in Settings.__dataclass_fields__}
+    fields = {"preset", *Settings.__dataclass_fields__}
+    settings = {name: value for name, value in options.items() if name in fields}
     if settings.get("dense_below", 0) is None:
         del settings["dense_below"]
-    made = make_settings(guided=guided or profile is not None, **settings)
+    made = make_settings(profile=profile, **settings)
     if not guided and profile is None and made.allocation not in ("uniform", "equal"):
         raise PatchError(
             f"allocation {made.allocation!r} divides budgets by a profile and none was given; give a profile."

@@ -19,12 +19,13 @@ from hess_plugin.exceptions import CalibrationError, PatchError
 from hess_plugin.files import check_writable
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
-from hess_plugin.profiles import Profile, model_digest, weights_fingerprint
+from hess_plugin.profiles import HARM, Profile, model_digest, weights_fingerprint
 from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.sites import Site
 
 from .errors import EPS
+from .harm import HarmSettings
 from .measuring import Protocol, measuring
 from .ranks import Ranks
 from .record import Record
@@ -41,6 +42,7 @@ def calibrate(
     autocast: torch.dtype | None = None,
     memory: str = "lean",
     target: str = "auto",
+    harm: HarmSettings | None = None,
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
     adapter: str | None = None,
@@ -68,6 +70,8 @@ def calibrate(
             measures them against the model's own prediction, displaced at random (see
             `hess_plugin.calibration.self_target`); ``auto`` takes the truth of scenes and, where all there is are
             images (`ImageSet`), the prediction. Recorded in the profile's metadata as ``truth`` or ``self``.
+        harm: also measure what leaving out blocks of each head does to the errors, by one more forward a scene, with
+            these blocks; what ``patch(allocation="harm")`` needs. None for traces alone.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
         progress: called as ``progress(done, total, scene)`` before each scene and once at the end; in rank 0 only.
         adapter: take this adapter instead of asking which one claims the model.
@@ -88,7 +92,7 @@ def calibrate(
     """
     ranks = ranks or Ranks()
     with ranks.together():
-        protocol = Protocol(eps=eps, autocast=autocast, memory=memory, target=target)
+        protocol = Protocol(eps=eps, autocast=autocast, memory=memory, target=target, harm=harm)
         _check_arguments(model, scenes, camera_weight)
         path = None if output is None or ranks.rank != 0 else Path(output)
         if path is not None:
@@ -109,6 +113,7 @@ def calibrate(
             "eps": eps,
             "memory": memory,
             "target": target,
+            **({} if harm is None else {"harm": harm.to_json()}),
         }
         settings = {
             **provenance,
@@ -173,12 +178,13 @@ def _profile(
     found = record.found
     measured = [name for name in names if name in found.traces]
     traces = [found.traces[name] for name in measured]
+    stacked = {key: torch.stack([each[key] for each in traces]) for key in traces[0]}
     return Profile(
         adapter=adapter,
         sites=tuple(site.key for site in sites),
         num_heads=sites[0].num_heads,
         scenes=tuple(measured),
-        traces={key: torch.stack([each[key] for each in traces]) for key in traces[0]},
+        traces={key: stacked[key] for key in stacked if not key.startswith(HARM)},
         camera_weight=camera_weight,
         fingerprint=weights_fingerprint(sites),
         metadata={
@@ -188,6 +194,7 @@ def _profile(
             "measured": {name: found.facts[name] for name in measured},
             "skipped": {name: found.skipped[name] for name in names if name in found.skipped},
         },
+        harm={key.removeprefix(HARM): stacked[key] for key in stacked if key.startswith(HARM)},
     )
 
 

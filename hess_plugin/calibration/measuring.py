@@ -20,6 +20,8 @@ from hess_plugin.sites import PROJECTIONS, Site
 
 from .errors import EPS, MAX_CLOUD, Errors
 from .fisher import head_traces, only_sites_require_grad
+from .harm import HarmSettings
+from .harm_meter import HarmMeter, harm_meter
 from .lean import lean
 from .patch_rows import Taps, taps
 from .sampling import subsample
@@ -40,6 +42,7 @@ class Protocol:
             traces agree to rounding.
         target: what errors are measured against: ``truth`` is the scene's own, ``self`` the model's own prediction
             (see `self_target`; eps plays no part), ``auto`` the truth where a scene has one, else the prediction.
+        harm: how harm curves are measured as well; None for none.
 
     Raises:
         CalibrationError: a value out of range.
@@ -49,6 +52,7 @@ class Protocol:
     autocast: torch.dtype | None = None
     memory: str = "lean"
     target: str = "auto"
+    harm: HarmSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.eps > 0:
@@ -69,7 +73,9 @@ class Measured:
 
     Attributes:
         traces: by ``"<error>.<projection>"`` and, through patch tokens alone, ``"<error>.<projection>.patch"``:
-            float64 ``[L, H]``, NaN for an error that the scene does not have.
+            float64 ``[L, H]``, NaN for an error that the scene does not have. Beside them, if harm was asked for,
+            ``"<error>.output"``, see `HarmMeter.output_traces`, and the curves ``harm.camera``, ``harm.points`` and
+            ``harm.shares``, see `HarmMeter.measure`.
         facts: how it was measured, JSON types only.
     """
 
@@ -81,9 +87,16 @@ class Measurer:
     """A model made ready to be measured; made by `measuring`."""
 
     def __init__(
-        self, adapter: Adapter, model: nn.Module, sites: Sequence[Site], protocol: Protocol, found: Taps
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        sites: Sequence[Site],
+        protocol: Protocol,
+        found: Taps,
+        meter: HarmMeter | None = None,
     ) -> None:
         self._adapter, self._model, self._sites, self._protocol, self._taps = adapter, model, sites, protocol, found
+        self._meter = meter
         self._weights = list({id(w): w for site in sites for w in (site.weight(p) for p in PROJECTIONS)}.values())
 
     def measure(self, scene: Scene | ImageSet) -> Measured:
@@ -111,6 +124,18 @@ class Measurer:
 
     def _measure(self, scene: Scene | ImageSet) -> Measured:
         device = self._weights[0].device
+        traces, facts, errors = self._backward(scene, device)
+        if self._meter is not None:
+            # By now the graph is gone: the second forward needs no room beside it.
+            images = scene.images.to(device)
+            curves, facts["harm"] = self._harm(self._meter, images, errors)
+            traces |= curves
+        return Measured(traces, facts)
+
+    def _backward(
+        self, scene: Scene | ImageSet, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+        """Traces of one scene, how they were measured, and which errors it has."""
         with self._memory(scene.views), _no_autocast(device), torch.enable_grad():
             with self._autocast(device):
                 errors, facts = self._errors(scene, device)
@@ -120,7 +145,11 @@ class Measurer:
                     f"scene {scene.name} has neither a camera nor a point error; give it views or depth."
                 )
             traces = self._traces(present)
-        return Measured(traces, {**facts, **_facts(errors, present, facts["target"])})
+        return traces, {**facts, **_facts(errors, present, facts["target"])}, [kind for kind, _ in present]
+
+    def _harm(self, meter: HarmMeter, images: Tensor, errors: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+        with self._memory(len(images)), _no_autocast(images.device):
+            return meter.measure(errors, lambda: self.predict(images))
 
     def predict(self, images: Tensor) -> Prediction:
         """Run the forward of a measurement on images ``[S, 3, H, W]``."""
@@ -132,6 +161,9 @@ class Measurer:
         with self._memory(len(images)), _no_autocast(images.device), torch.enable_grad():
             prediction = self.predict(images)
             self._traces([("camera", prediction.centres.square().sum()), ("points", prediction.points.square().sum())])
+            del prediction
+        if self._meter is not None:
+            self._harm(self._meter, images, ERROR_NAMES)
 
     def _errors(self, scene: Scene | ImageSet, device: torch.device) -> tuple[Errors, dict[str, Any]]:
         """The errors of one scene, and what is known about it before they are."""
@@ -153,11 +185,16 @@ class Measurer:
         twins = self._taps.twins if self._taps.complete() else None
         suffixes = ("",) if twins is None else ("", ".patch")
         missing = torch.full((len(self._sites), self._sites[0].num_heads), torch.nan, dtype=torch.float64)
+        names = [f"{p}{s}" for p in PROJECTIONS for s in suffixes] + ([] if self._meter is None else ["output"])
         # A copy each: safetensors refuses to write one tensor under several names.
-        traces = {f"{kind}.{p}{s}": missing.clone() for kind in ERROR_NAMES for p in PROJECTIONS for s in suffixes}
+        traces = {f"{kind}.{name}": missing.clone() for kind in ERROR_NAMES for name in names}
         for index, (kind, error) in enumerate(present):
             last = index == len(present) - 1
-            found = head_traces(error, self._sites, self._weights, retain_graph=not last, twins=twins)
+            collecting = contextlib.nullcontext() if self._meter is None else self._meter.collecting(kind)
+            with collecting:
+                found = head_traces(error, self._sites, self._weights, retain_graph=not last, twins=twins)
+            if self._meter is not None:
+                found["output"] = self._meter.output_traces(kind)
             traces |= {f"{kind}.{name}": trace for name, trace in found.items()}
         return traces
 
@@ -183,8 +220,13 @@ def measuring(adapter: Adapter, model: nn.Module, sites: Sequence[Site], protoco
         protocol: how to measure.
     """
     # A caller under inference_mode gets its gradients all the same.
-    with torch.inference_mode(False), only_sites_require_grad(model, sites), taps(adapter, model, sites) as found:
-        yield Measurer(adapter, model, sites, protocol, found)
+    with (
+        torch.inference_mode(False),
+        only_sites_require_grad(model, sites),
+        taps(adapter, model, sites) as found,
+        harm_meter(adapter, model, sites, protocol.harm) as meter,
+    ):
+        yield Measurer(adapter, model, sites, protocol, found, meter)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from .options import (
     framing_of,
     load,
     model_options,
+    selection_of,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hess_plugin.evaluation.sizes import Measure, Sizes
     from hess_plugin.evaluation.timing import Stopwatch
     from hess_plugin.profiles import Profile
+    from hess_plugin.settings import Settings
     from hess_plugin.sites import Site
 
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
@@ -86,8 +88,11 @@ def bench(model: str, weights: str | None, profile: Path | None, end_to_end: boo
     adapter = adapter_of(loaded, options, get_plugin_manager())
     size = _image_size(adapter, loaded, options)
     how: dict[str, Any] = {name: options[name] for name in ("sparsity", "backend", "block_q", "block_k", "memory")}
+    how |= selection_of(options)
     # Timing depends on the budgets of a profile, not on whose weights they were found with.
     how |= {"profile": score, "strict": False, "verdict": "ignore", "dense_below": 0}
+    if not end_to_end:  # one site has no part in budgets of the whole model
+        how["allocation"] = "uniform" if score is None else "hess"
     watch, site = _stopwatch(loaded, options), adapter.sites(loaded)[0]
     conditions = _conditions(adapter, loaded, site, watch, how)
     sizes = _time(_timer(adapter, loaded, site, size, watch, how, end_to_end), options, search=end_to_end)
@@ -114,8 +119,23 @@ def _conditions(adapter: Adapter, model: nn.Module, site: Site, watch: Stopwatch
 
     with patch(model, **how, adapter=adapter.name, manager=adapter.manager) as handle:
         backend = handle.report().backend
-    weight = site.weight()
-    return Conditions.of(weight.device, weight.dtype, backend, how["block_q"], how["block_k"], watch.autocast)
+    weight, settings = site.weight(), _settings(how)
+    return Conditions.of(
+        weight.device,
+        weight.dtype,
+        backend,
+        settings.block_q,
+        settings.block_k,
+        watch.autocast,
+        settings.selection,
+    )
+
+
+def _settings(how: dict[str, Any]) -> Settings:
+    """What `patch` makes of them."""
+    from hess_plugin.settings import make_settings
+
+    return make_settings(**{name: value for name, value in how.items() if name not in ("strict", "verdict")})
 
 
 def _image_size(adapter: Adapter, model: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
@@ -150,20 +170,12 @@ def _timer(
 ) -> Measure:
     from hess_plugin.evaluation.timers import AttentionTimer, ForwardTimer
     from hess_plugin.scoring import Scoring, head_scores
-    from hess_plugin.settings import Settings
 
     if whole:
         return ForwardTimer(adapter, model, size, watch, **how)
     profile: Profile | None = how["profile"]
-    settings = Settings(
-        sparsity=how["sparsity"],
-        sparse_ratio=None,
-        cdf_threshold=None,
-        allocation=_allocation(how),
-        **{name: how[name] for name in ("backend", "block_q", "block_k", "memory")},
-    )
     scores = None if profile is None else head_scores(profile, Scoring())[0]
-    return AttentionTimer(adapter, model, site, size, watch, settings, scores)
+    return AttentionTimer(adapter, model, site, size, watch, _settings(how), scores)
 
 
 def _time(timer: Measure, options: dict[str, Any], *, search: bool) -> Sizes:
@@ -186,16 +198,14 @@ def _protocol(
     from hess_plugin.evaluation.timing import coverage
 
     what = "whole forwards" if whole else f"attention of {site.name} alone ({site.num_heads} heads of {site.head_dim})"
+    chosen = "" if conditions.selection == "mass" else f" chosen by {conditions.selection}"
     return (
         f"{what}, images {size[0]} x {size[1]} px, {conditions.dtype}, autocast {conditions.autocast or 'none'}, "
-        f"backend {conditions.backend}, sparsity {how['sparsity']:g} ({_allocation(how)}), blocks {how['block_q']} x "
-        f"{how['block_k']}, memory {how['memory']}; ratio: median of {watch.repeats} repeats of patched / dense, "
+        f"backend {conditions.backend}, sparsity {how['sparsity']:g} ({_settings(how).allocation}), "
+        f"blocks {how['block_q']} x {how['block_k']}{chosen}, memory {how['memory']}; "
+        f"ratio: median of {watch.repeats} repeats of patched / dense, "
         f"with its {coverage(watch.repeats):.1%} interval"
     )
-
-
-def _allocation(how: dict[str, Any]) -> str:
-    return "uniform" if how["profile"] is None else "hess"
 
 
 def _entry(sizes: Sizes, size: tuple[int, int], how: dict[str, Any], conditions: Conditions) -> BreakEven:
@@ -210,7 +220,7 @@ def _entry(sizes: Sizes, size: tuple[int, int], how: dict[str, Any], conditions:
     return BreakEven(
         conditions,
         sparsity=how["sparsity"],
-        allocation=_allocation(how),
+        allocation=_settings(how).allocation,
         height=size[0],
         width=size[1],
         timings=sizes.timings,

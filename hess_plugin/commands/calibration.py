@@ -11,12 +11,23 @@ import click
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import first_rank, one_voice, progress_bars, waiting, warn_random
 
-from .options import OUTPUT, autocast_of, autocast_option, data_facts, data_options, model_and_scenes, model_options
+from .options import (
+    COUNT,
+    OUTPUT,
+    autocast_of,
+    autocast_option,
+    data_facts,
+    data_options,
+    model_and_scenes,
+    model_options,
+)
 
 if TYPE_CHECKING:
+    from hess_plugin.calibration.harm import HarmSettings
     from hess_plugin.calibration.ranks import Ranks
     from hess_plugin.profiles import Profile
 
+_HARM = ("block_q", "block_k", "pool_q", "pool_k", "selector")
 _WITHOUT_TRUTH = (
     "ground-truth-free: errors were measured against the model's own predictions, displaced at random; no true camera "
     "or point was used, so nothing here tells how accurate the model is on these images"
@@ -51,6 +62,18 @@ _WITHOUT_TRUTH = (
     help="What errors are measured against: the scenes' ground truth or, where all there is are images, the model's "
     "own prediction.",
 )
+@click.option(
+    "--harm/--no-harm",
+    default=False,
+    show_default=True,
+    help="Also measure what leaving out blocks does, by one more forward a scene: what budgets over all layers "
+    "(--allocation harm) are made of.",
+)
+@click.option("--block-q", type=COUNT, help="Patch queries in a block of --harm; 128 by default.")
+@click.option("--block-k", type=COUNT, help="Patch keys in a block of --harm; 64 by default.")
+@click.option("--pool-q", type=COUNT, help="Patch queries pooled together to choose them; a whole block by default.")
+@click.option("--pool-k", type=COUNT, help="Patch keys pooled together likewise.")
+@click.option("--selector", metavar="NAME", help="Rule that chooses the blocks of --harm; mass by default.")
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
     """Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
@@ -81,6 +104,7 @@ def _calibrate(
 
     loaded, found, manager = model_and_scenes(model, weights, options)
     how: dict[str, Any] = {name: options[name] for name in ("eps", "memory", "target")}
+    how["harm"] = _harm(options)
     how["autocast"] = autocast_of(options["autocast"], loaded)
     if dry_run:
         _rehearse(ranks, loaded, found, how, options["adapter"], manager)
@@ -104,6 +128,10 @@ def _calibrate(
 
 def _check_arguments(ranks: Ranks, output: Path | None, dry_run: bool, options: dict[str, Any]) -> None:
     """Refuse what cannot be done before a large model is read."""
+    given = [name for name in _HARM if options[name] is not None]
+    if given and not options["harm"]:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} says how harm is measured; add --harm.")
+    _harm(options)  # a wrong value is told before a large model is read
     if output is None and not dry_run:
         raise click.UsageError(
             "Missing option '-o' / '--output': name the profile to write, or ask with --dry-run what it takes."
@@ -117,6 +145,15 @@ def _check_arguments(ranks: Ranks, output: Path | None, dry_run: bool, options: 
         )
     if output is not None and ranks.rank == 0:
         check_writable(output)
+
+
+def _harm(options: dict[str, Any]) -> HarmSettings | None:
+    """How harm is to be measured, if it is."""
+    from hess_plugin.calibration.harm import HarmSettings
+
+    if not options["harm"]:
+        return None
+    return HarmSettings(**{name: options[name] for name in _HARM if options[name] is not None})
 
 
 def _rehearse(ranks: Ranks, model: Any, scenes: Any, how: dict[str, Any], adapter: str | None, manager: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,16 @@ from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
 from .measures import metric_facts, metric_options, metrics_of
-from .options import FILE, OUTPUT, attention_options, data_facts, data_options, model_and_scenes, model_options
+from .options import (
+    FILE,
+    OUTPUT,
+    attention_options,
+    data_facts,
+    data_options,
+    model_and_scenes,
+    model_options,
+    selection_of,
+)
 from .scoring import score_options, scoring_of
 
 if TYPE_CHECKING:
@@ -43,7 +53,7 @@ if TYPE_CHECKING:
     "arms",
     multiple=True,
     metavar="ALLOCATION",
-    help="uniform, equal, hess, reverse, uncapped or random, several allowed; uniform, with a profile also hess.",
+    help="uniform, equal, hess, harm, reverse, uncapped or random, several allowed; uniform, with a profile also hess.",
 )
 @attention_options
 @metric_options
@@ -102,7 +112,7 @@ def _profile(path: Path | None, scoring: Scoring) -> Profile | None:
 
 
 def _blocks(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("block_q", "block_k", "memory")}
+    return {**{name: options[name] for name in ("block_q", "block_k", "memory")}, **selection_of(options)}
 
 
 def _write(output: Path, rows: list[Measurement], facts: dict[str, Any]) -> None:
@@ -132,6 +142,7 @@ def _text(summaries: list[Summary], metrics: MetricSettings) -> str:
 def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
     """The dense model, then every arm at every amount."""
     from hess_plugin.evaluation.arms import Arm, Row
+    from hess_plugin.harm_curves import model_curves
     from hess_plugin.settings import Settings
 
     rule = {name: options[name] for name in ("sparse_ratio", "cdf_threshold")}
@@ -142,10 +153,12 @@ def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
     else:
         rows = [Row(sparsity) for sparsity in options["sparsity"] or (0.73,) if sparsity != 0.0]
     names = options["arms"] or (("uniform",) if profile is None else ("uniform", "hess"))
-    for name in names:
-        Settings(0.5, None, None, name)  # an allocation that does not exist
+    for row, name in itertools.product(rows, names):  # what a patch would refuse
+        Settings(row.sparsity, row.sparse_ratio, row.cdf_threshold, name)
     guided = [name for name in names if Arm(name, 0.5, name).guided]
     if profile is None and guided:
         raise click.UsageError(f"--arm {guided[0]} divides budgets by a profile and none was given; add --profile.")
+    if profile is not None and "harm" in names:
+        model_curves(profile, options["camera_weight"])  # what is not there is told before a large model is read
     wanted = [Arm(name, allocation=name).at(row) for row in rows for name in names]
     return list(dict.fromkeys([Arm("dense"), *wanted]))

@@ -79,8 +79,31 @@ block_options = options(
     click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block."),
     click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block."),
 )
+PRESETS = ("hess", "accurate")
+SELECTORS = ("mass", "drift", "restore")
+BLOCK_ORDERS = ("raster", "hilbert", "tiles")
+_SELECTION = ("preset", "selector", "pool_q", "pool_k", "block_order")
+selection_options = options(
+    click.option(
+        "--preset",
+        type=click.Choice(PRESETS),
+        help="Settings that go well together: hess, the method as published, or accurate, which keeps more accuracy "
+        "for more time to choose blocks. The profile's own by default, else hess.",
+    ),
+    click.option("--selector", type=click.Choice(SELECTORS), help="Rule that chooses blocks; the preset's by default."),
+    click.option(
+        "--pool-q", type=COUNT, help="Patch queries pooled together to choose blocks; the preset's by default."
+    ),
+    click.option("--pool-k", type=COUNT, help="Patch keys pooled together likewise."),
+    click.option(
+        "--block-order",
+        type=click.Choice(BLOCK_ORDERS),
+        help="Order in which the patches of a frame fill blocks; the preset's by default.",
+    ),
+)
 attention_options = options(
     block_options,
+    selection_options,
     click.option(
         "--memory",
         type=click.Choice(["plain", "lean"]),
@@ -110,6 +133,11 @@ data_options = options(
         help="How images get there: whole by their longest side or area, cropped, padded; the model's way by default.",
     ),
 )
+
+
+def selection_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `hess_plugin.patch` that say how blocks are chosen: those that were given."""
+    return {name: options[name] for name in _SELECTION if options[name] is not None}
 
 
 def data_facts(options: dict[str, Any]) -> dict[str, Any]:

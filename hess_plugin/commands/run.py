@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from hess_plugin.files import check_writable
 
-from .options import COUNT, FILE, OUTPUT
+from .options import COUNT, FILE, OUTPUT, selection_options
 from .options import options as together
 from .scoring import SCORE, score_options
 
@@ -37,12 +37,14 @@ patch_options = together(
     click.option("--cdf-threshold", type=click.FloatRange(0, 1), help="tau of SparseVGGT, instead of a sparsity."),
     click.option(
         "--allocation",
-        type=click.Choice(["uniform", "equal", "hess", "reverse", "uncapped", "random"]),
-        help="How budgets are divided among heads; hess with a profile, else uniform by default.",
+        type=click.Choice(["uniform", "equal", "hess", "harm", "reverse", "uncapped", "random"]),
+        help="How budgets are divided among heads; hess with a profile, else uniform by default. harm: over "
+        "all layers at once, by curves that `calibrate --harm` measures.",
     ),
     click.option("--backend", metavar="NAME", help="Attention code; auto by default, which chooses."),
     click.option("--block-q", type=COUNT, help="Patch queries in a block; 128 by default."),
     click.option("--block-k", type=COUNT, help="Patch keys in a block; 64 by default."),
+    selection_options,
     click.option(
         "--memory",
         type=click.Choice(["plain", "lean"]),
@@ -126,6 +128,8 @@ def _patch_arguments(options: dict[str, Any]) -> dict[str, Any]:
     profile = wanted.pop("profile", None)
     if "sparsity" in wanted and wanted.keys() & {"sparse_ratio", "cdf_threshold"}:
         raise click.UsageError("--sparsity and --sparse-ratio/--cdf-threshold were given; choose one of them.")
+    if wanted.get("allocation") == "harm" and wanted.keys() & {"sparse_ratio", "cdf_threshold"}:
+        raise click.UsageError("--allocation harm takes a --sparsity, no --sparse-ratio or --cdf-threshold.")
     if profile is None:
         needy = [f"--{name.replace('_', '-')}" for name in chosen]
         needy += ["--any-weights"] if "strict" in wanted else []
@@ -133,9 +137,12 @@ def _patch_arguments(options: dict[str, Any]) -> dict[str, Any]:
         if needy:
             raise click.UsageError(f"{needy[0]} needs a profile and none was given; add --profile.")
         return wanted
+    from hess_plugin.harm_curves import model_curves
     from hess_plugin.profiles import Profile
 
-    Profile.load(profile)  # a wrong file is told before a program runs for an hour
+    loaded = Profile.load(profile)  # a wrong file is told before a program runs for an hour
+    if wanted.get("allocation") == "harm":
+        model_curves(loaded, wanted.get("camera_weight"))
     return wanted | {"profile": str(profile.absolute())}
 
 

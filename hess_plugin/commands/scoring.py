@@ -18,17 +18,19 @@ score_options = options(
     click.option("--camera-weight", type=click.FloatRange(0, 1), help="Lambda of the score; the profile's by default."),
     click.option(
         "--projection",
-        type=click.Choice(["q", "k", "v"]),
+        type=click.Choice(["q", "k", "v", "output"]),
         default="q",
         show_default=True,
-        help="Whose traces: W_Q is the method, the others are published ablations.",
+        help="Whose traces: W_Q is the method, W_K and W_V are published ablations, output is the gradient by the "
+        "heads' outputs (measured with --harm).",
     ),
     click.option(
         "--normalisation",
-        type=click.Choice(["sum", "raw", "linear", "softmax", "log"]),
+        type=click.Choice(["sum", "scene", "raw", "linear", "softmax", "log"]),
         default="sum",
         show_default=True,
-        help="How the errors are made comparable: sum is the method, the others are published ablations.",
+        help="How the errors are made comparable: sum is the method, scene gives all scenes the same weight, the "
+        "others are published ablations.",
     ),
     click.option(
         "--rows",

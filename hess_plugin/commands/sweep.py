@@ -24,6 +24,8 @@ from .options import (
     framing_of,
     model_and_scenes,
     model_options,
+    selection_of,
+    selection_options,
 )
 
 if TYPE_CHECKING:
@@ -69,14 +71,17 @@ class _Rule(click.ParamType[Any]):
     "--arm",
     "arms",
     multiple=True,
-    type=click.Choice([*_ARMS, "michel", "kwon", "kwon-tuned"]),
-    help=f"Several allowed; {', '.join(_ARMS)} by default. michel and kwon prune heads and need --calibration-data.",
+    type=click.Choice([*_ARMS, "harm", "michel", "kwon", "kwon-tuned"]),
+    help=f"Several allowed; {', '.join(_ARMS)} by default, and harm if the profile has its curves. michel and kwon "
+    "prune heads and need --calibration-data.",
 )
 @click.option("--camera-weight", type=click.FloatRange(0, 1), multiple=True, help="Adds hess with this lambda.")
-@click.option("--projection", type=click.Choice(["q", "k", "v"]), multiple=True, help="Adds hess by these traces.")
+@click.option(
+    "--projection", type=click.Choice(["q", "k", "v", "output"]), multiple=True, help="Adds hess by these traces."
+)
 @click.option(
     "--normalisation",
-    type=click.Choice(["sum", "raw", "linear", "softmax", "log"]),
+    type=click.Choice(["sum", "scene", "raw", "linear", "softmax", "log"]),
     multiple=True,
     help="Adds hess with errors made comparable this way.",
 )
@@ -91,6 +96,7 @@ class _Rule(click.ParamType[Any]):
 @click.option("--calibration-data", multiple=True, metavar="FORMAT:PATH", help="Scenes for michel and kwon.")
 @click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
 @click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
+@selection_options
 @metric_options
 def sweep(model: str, weights: str | None, profile: Path, output: Path, **options: Any) -> None:
     """Compare ways to divide budgets over many sparsities, at matched measured sparsity.
@@ -109,7 +115,7 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
     amounts, arms, metrics = _rows(options), _arms(options, score), metrics_of(options)
     _check_rows(amounts, arms, options["tolerance"])
     loaded, found, manager = model_and_scenes(model, weights, options)
-    blocks = {name: options[name] for name in ("block_q", "block_k")}
+    blocks = {**{name: options[name] for name in ("block_q", "block_k")}, **_selection(score, options)}
     plan = _plan(loaded, score, amounts, arms, options) | {"model": model, "weights": weights or "shipped", **blocks}
     plan |= {"adapter": adapter_of(loaded, options, manager).name, "scenes": found.names}
     _check_scene(found[0], metrics)
@@ -139,6 +145,14 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
         warn_random()
 
 
+def _selection(profile: Profile, options: dict[str, Any]) -> dict[str, Any]:
+    """How blocks are chosen, where it is not as published: as given, by the preset of the profile otherwise."""
+    from hess_plugin.presets import DEFAULT, preset_name
+
+    recorded = preset_name(profile)
+    return {**({} if recorded == DEFAULT else {"preset": recorded}), **selection_of(options)}
+
+
 def _rows(options: dict[str, Any]) -> list[Row]:
     from hess_plugin.evaluation.arms import PAPER_ROWS, Row
 
@@ -150,9 +164,12 @@ def _rows(options: dict[str, Any]) -> list[Row]:
 
 def _arms(options: dict[str, Any], profile: Profile) -> list[Arm]:
     from hess_plugin.evaluation.ablations import ablations, all_ablations, named_arms
+    from hess_plugin.harm_curves import model_curves
 
     # The others are matched to uniform: it is there whether asked for or not.
-    arms = named_arms(("uniform", *(options["arms"] or _ARMS)))
+    arms = named_arms(("uniform", *(options["arms"] or (*_ARMS, *(["harm"] if profile.has_harm else [])))))
+    if any(arm.allocation == "harm" for arm in arms):
+        model_curves(profile)  # what is not there is told before a large model is read
     arms += ablations(
         profile,
         camera_weights=options["camera_weight"],
@@ -197,13 +214,14 @@ def _plan(
     from hess_plugin.machine import machine_key
     from hess_plugin.profiles import model_digest
     from hess_plugin.scoring import Scoring
-    from hess_plugin.verified_profiles import traces_digest
+    from hess_plugin.verified_profiles import harm_digest, traces_digest
 
     return {
         "computed_on": machine_key(next(model.parameters()).device),
         "versions": f"hess-plugin {__version__}, torch {torch.__version__}",
         "model_digest": model_digest(model),
         "profile": traces_digest(profile),
+        **({"harm_curves": harm_digest(profile)} if profile.has_harm else {}),
         "scoring": asdict(Scoring().resolved(profile)),
         "rows": [asdict(row) for row in rows],
         "arms": [asdict(arm) for arm in arms],

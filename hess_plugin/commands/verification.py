@@ -12,7 +12,16 @@ from hess_plugin.exceptions import HessError
 from hess_plugin.files import check_writable
 from hess_plugin.terminal import progress_bars, warn_random
 
-from .options import COUNT, FILE, data_facts, data_options, model_and_scenes, model_options
+from .options import (
+    COUNT,
+    FILE,
+    data_facts,
+    data_options,
+    model_and_scenes,
+    model_options,
+    selection_of,
+    selection_options,
+)
 from .scoring import score_options, scoring_of
 
 
@@ -37,6 +46,7 @@ from .scoring import score_options, scoring_of
 )
 @click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block.")
 @click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block.")
+@selection_options
 @click.option("--no-record", is_flag=True, help="Only print the verdict; leave the profile as it is.")
 @click.option("--strict", is_flag=True, help="Exit with code 1 unless the profile helps at every sparsity.")
 def verify(model: str, weights: str | None, profile: Path, no_record: bool, strict: bool, **options: Any) -> None:
@@ -77,6 +87,7 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
             scoring=scoring,
             block_q=options["block_q"],
             block_k=options["block_k"],
+            selection=selection_of(options),
             strict=not options["any_weights"],
             data=_described(options),
             progress=lambda scene, arm: note("measure", next(done), total, f"{scene} {arm}"),

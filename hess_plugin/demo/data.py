@@ -60,10 +60,13 @@ def make_batch(rooms: list[RenderedRoom]) -> Batch:
     return Batch(images, pose_enc, _halved((depth / scale).unsqueeze(2)).squeeze(2), points)
 
 
-def training_rooms(step: int, rank: int, world: int, scenes: int, views: int, max_sector: float) -> list[RenderedRoom]:
+def training_rooms(
+    step: int, rank: int, world: int, scenes: int, views: int, max_sector: float, seed: int = 0
+) -> list[RenderedRoom]:
     """Rooms of one training step: a pure function of its arguments, so a resumed run sees the same data."""
-    rng = np.random.default_rng([step, rank])
-    first = (step * world + rank) * scenes * 8
+    rng = np.random.default_rng([step, rank, seed] if seed else [step, rank])
+    # Far enough apart that the runs of two seeds share no room.
+    first = (step * world + rank) * scenes * 8 + seed * 2_500_000
     return [
         render_room((first + index) % 10_000_000, views, sector=float(rng.uniform(15.0, max_sector)))
         for index in range(scenes)

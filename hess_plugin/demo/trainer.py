@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hess_plugin.demo.data import Batch, make_batch, training_rooms
 from hess_plugin.demo.losses import training_losses
 from hess_plugin.demo.model import TinyVGGT
-from hess_plugin.demo.optimizer import make_optimizers, set_learning_rate
+from hess_plugin.demo.optimizer import fast_type, make_optimizers, set_learning_rate
 from hess_plugin.demo.validation import validate, validation_set
 
 
@@ -51,7 +51,8 @@ class Trainer:
         self.matcher = nn.Linear(self.model.config.dim, 64).to(self.device)
         self.trained = nn.ModuleDict({"model": self.model, "matcher": self.matcher})
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.optimizers = make_optimizers(self.trained)
+        self.dtype = fast_type(self.device)
+        self.optimizers = make_optimizers(self.trained, self.dtype)
         self.step = 0
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ class Trainer:
         rate = self.learning_rate()
         set_learning_rate(self.optimizers, rate)
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             predictions = self.model(batch.images)
         losses = training_losses(predictions, batch, self.matcher)
         # The camera comes last: weighed heavily from the start, it stays at the mean and holds the rest back.
@@ -115,11 +116,11 @@ class Trainer:
         progress = min(1.0, seen / config.curriculum_views)
         choices = (2, 2, 4, 4) if progress < 0.5 else (3, 4, 6, 8) if progress < 1 else (2, 4, 4, 6, 8, 8, 12)
         # The same number of views on every process, so that none waits for another.
-        draw = torch.randint(len(choices), (), generator=torch.Generator().manual_seed(self.step))
+        draw = torch.randint(len(choices), (), generator=torch.Generator().manual_seed(self.step + 10**6 * config.seed))
         views = choices[int(draw)]
         scenes = max(1, config.views // views)
         world = config.processes
-        return make_batch(training_rooms(self.step, self.rank, world, scenes, views, 35 + 50 * progress))
+        return make_batch(training_rooms(self.step, self.rank, world, scenes, views, 35 + 50 * progress, config.seed))
 
     def learning_rate(self) -> float:
         """Linear warm-up, constant, then linear to zero over the last part of the steps."""

@@ -11,7 +11,7 @@ from hess_plugin.sites import PROJECTIONS
 
 from .arms import Arm
 
-BLOCK_ARMS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
+BLOCK_ARMS = ("uniform", "equal", "hess", "harm", "reverse", "uncapped", "random")
 PRUNING_ARMS = ("michel", "kwon", "kwon-tuned")
 CAMERA_WEIGHTS = (0.0, 0.5, 1.0)
 
@@ -45,11 +45,16 @@ def ablations(
     own = Scoring().resolved(profile)
     changed = {
         **{f"hess camera {weight:g}": replace(own, camera_weight=weight) for weight in camera_weights},
-        **{f"hess W_{name.upper()}": replace(own, projection=name) for name in projections},
+        **{_by(name): replace(own, projection=name) for name in projections},
         **{f"hess {name}": replace(own, normalisation=name) for name in normalisations},
         **({"hess patch rows": replace(own, rows="patch")} if patch_rows else {}),
     }
     return [Arm(name, allocation="hess", scoring=score) for name, score in changed.items() if score != own]
+
+
+def _by(projection: str) -> str:
+    """Name of an arm by these traces."""
+    return f"hess W_{projection.upper()}" if projection in PROJECTIONS else f"hess {projection}"
 
 
 def all_ablations(profile: Profile) -> list[Arm]:
@@ -57,7 +62,7 @@ def all_ablations(profile: Profile) -> list[Arm]:
     return ablations(
         profile,
         camera_weights=CAMERA_WEIGHTS,
-        projections=PROJECTIONS,
+        projections=(*PROJECTIONS, *(["output"] if profile.has_outputs else [])),
         normalisations=NORMALISATIONS,
         patch_rows=profile.has_patch_rows,
     )

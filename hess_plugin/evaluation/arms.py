@@ -132,6 +132,13 @@ class Arm:
         """Whether it divides budgets by the scores of a profile."""
         return not self.dense and self.pruning is None and self.allocation not in WITHOUT_PROFILE
 
+    def goes_to_sparsity(self, row: Row) -> bool:
+        """Whether in a row it is set to the sparsity that others reached, because it cannot follow the row's rule.
+
+        It prunes heads, or divides one total over all layers, which rho and tau leave open.
+        """
+        return self.pruning is not None or (self.allocation == "harm" and row.sparsity is None)
+
     @property
     def knob(self) -> float:
         """The amount as a number; see `Row.knob`."""
@@ -149,8 +156,8 @@ class Arm:
             turned_to=knob,
         )
 
-    def pruned_to(self, sparsity: float, row: Row) -> Arm:
-        """The same arm pruning heads to a sparsity, compared in a row."""
+    def set_to(self, sparsity: float, row: Row) -> Arm:
+        """The same arm at a sparsity of its own, compared in a row."""
         return replace(self, sparsity=sparsity, group=row.label, turned_to=sparsity)
 
 

@@ -15,9 +15,11 @@ from torch import nn
 
 from hess_plugin.adapting import Adapter
 from hess_plugin.exceptions import CalibrationError, PatchError, SceneError
+from hess_plugin.harm_curves import model_curves
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
+from hess_plugin.presets import preset_name
 from hess_plugin.profiles import Profile, weights_fingerprint
 from hess_plugin.scenes.image_set import require_truth
 from hess_plugin.scenes.scene import Scene
@@ -66,6 +68,8 @@ class Runner:
         self._pruner, self._options = pruner, dict(options or {})
         self.scoring = Scoring(**{name: self._options.pop(name) for name in SCORE_OPTIONS if name in self._options})
         self._strict = self._options.pop("strict", True)
+        # Arms without a profile choose their blocks as the others do.
+        self._options.setdefault("preset", preset_name(profile))
         self.adapter: Adapter = resolve_adapter(model, adapter, manager)
         self._warm = False
 
@@ -97,7 +101,10 @@ class Runner:
     def _check_score(self, arm: Arm) -> None:
         if self.profile is None:
             raise PatchError(f"arm {arm.name!r} divides budgets by a profile and none was given; pass profile=...")
-        head_scores(self.profile, arm.scoring or self.scoring)
+        scoring = arm.scoring or self.scoring
+        head_scores(self.profile, scoring)
+        if arm.allocation == "harm":
+            model_curves(self.profile, scoring.camera_weight)
 
     def prepared(self, scene: Scene) -> Scene:
         """The scene as it is measured: normalised, on the model's device.

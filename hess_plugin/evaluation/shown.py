@@ -83,6 +83,7 @@ _KNOWN = {
     "dense": DENSE,
     "uniform": Look(BLUE, "o"),
     "hess": Look(VERMILION, "s"),
+    "harm": Look(GREEN, "d"),
     "reverse": Look(GREEN, "v"),
     # Dashed over a solid line: where two arms do the same, both are seen.
     "equal": Look(SKY, "D", "--"),

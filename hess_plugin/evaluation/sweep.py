@@ -92,7 +92,8 @@ class Sweep:
         Args:
             rows: the amounts.
             arms: the arms, at any amount; one of them is called ``uniform`` and sets the sparsity that the others
-                of a row are matched to. Arms that prune heads go to that sparsity as nearly as whole heads can.
+                of a row are matched to. Arms that prune heads go to that sparsity as nearly as whole heads can, and
+                ``harm`` is set to it where the row is a rule.
             cell_done: called with all cells so far when the dense model and each row are done.
 
         Raises:
@@ -112,7 +113,7 @@ class Sweep:
 
     def _row(self, row: Row, arms: Sequence[Arm]) -> list[Cell]:
         """Match and measure one row."""
-        blocks = [arm for arm in arms if arm.pruning is None]
+        blocks = [arm for arm in arms if not arm.goes_to_sparsity(row)]
         knobs = {arm.name: row.knob for arm in blocks}
         found: dict[str, list[Cell]] = {arm.name: [] for arm in blocks}
         reference = 0.0
@@ -129,9 +130,9 @@ class Sweep:
                 found[name].append(self._cell(row, arm, rows, reference))
                 tried = [(cell.arm.knob, cell.sparsity) for cell in found[name]]
                 knobs[name] = next_knob(tried, reference, *row.knob_range)
-        pruned = [arm.pruned_to(reference, row) for arm in arms if arm.pruning is not None]
+        others = [arm.set_to(reference, row) for arm in arms if arm.goes_to_sparsity(row)]
         best = {name: min(cells, key=lambda cell: abs(cell.gap)) for name, cells in found.items()}
-        for arm, rows in zip(pruned, self._measure(pruned), strict=True):
+        for arm, rows in zip(others, self._measure(others), strict=True):
             best[arm.name] = self._cell(row, arm, rows, reference)
         return [best[arm.name] for arm in arms]
 
@@ -166,8 +167,8 @@ class Sweep:
 
 
 def _first(arm: Arm, row: Row) -> Arm:
-    """The arm as a row starts with it; how far heads will be pruned is known only later."""
-    return arm.at(row) if arm.pruning is None else arm.pruned_to(0.5, row)
+    """The arm as a row starts with it; the sparsity that others reach is known only later."""
+    return arm.set_to(0.5, row) if arm.goes_to_sparsity(row) else arm.at(row)
 
 
 def _key(arm: Arm) -> tuple[str, str, float]:

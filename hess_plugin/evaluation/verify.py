@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 import pluggy
 import torch
@@ -97,6 +98,7 @@ def verify(
     scoring: Scoring | None = None,
     block_q: int = 128,
     block_k: int = 64,
+    selection: Mapping[str, Any] | None = None,
     strict: bool = True,
     data: str = "",
     progress: Callable[[str, str], None] | None = None,
@@ -116,6 +118,7 @@ def verify(
         scoring: which score; the method with the profile's own camera weight by default.
         block_q: patch queries in a block.
         block_k: patch keys in a block.
+        selection: arguments of `hess_plugin.patch` that say how blocks are chosen; by the profile's preset by default.
         strict: refuse a profile that was calibrated on other weights.
         data: where the scenes are from, to be recorded.
         progress: called as ``progress(scene, arm)`` before each run.
@@ -152,6 +155,7 @@ def verify(
         strict=strict,
         block_q=block_q,
         block_k=block_k,
+        **(selection or {}),
         **asdict(scoring),
     )
     found = []

@@ -3,18 +3,23 @@
 from .budgets import allocate, head_weights, spread, target_total
 from .checks import SparsityError
 from .counts import pooled_uniform_counts, streamed_uniform_counts, uniform_counts
+from .marginal import allocate_by_gain
+from .pooled_values import PooledValues, pool_values
 from .pooling import PooledTokens, block_map, pool, pool_tokens
 from .selection import SELECTORS, select, select_from_map
 
 __all__ = [
     "SELECTORS",
     "PooledTokens",
+    "PooledValues",
     "SparsityError",
     "allocate",
+    "allocate_by_gain",
     "block_map",
     "head_weights",
     "pool",
     "pool_tokens",
+    "pool_values",
     "pooled_uniform_counts",
     "select",
     "select_from_map",

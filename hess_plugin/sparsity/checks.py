@@ -34,6 +34,31 @@ def check_patches(q: Tensor, k: Tensor, block_q: int, block_k: int) -> None:
             raise SparsityError(f"{name} must be at least one token; got {size}.")
 
 
+def check_parts(block_q: int, block_k: int, pool_q: int, pool_k: int) -> None:
+    """Refuse sub-blocks that do not divide their blocks.
+
+    Raises:
+        SparsityError: naming what is wrong.
+    """
+    for side, block, part in (("q", block_q, pool_q), ("k", block_k, pool_k)):
+        if part < 1 or block % part:
+            raise SparsityError(f"pool_{side} must divide block_{side}, {block} tokens; got {part}.")
+
+
+def check_special(k: Tensor, special: Tensor | None) -> None:
+    """Refuse special keys that are not `[B, H, S, d]` beside patch keys.
+
+    Raises:
+        SparsityError: naming the shapes.
+    """
+    if special is not None and (
+        special.dim() != 4 or special.shape[:2] != k.shape[:2] or special.shape[3] != k.shape[3]
+    ):
+        raise SparsityError(
+            f"special must hold keys [B, H, S, d] beside those of k, {list(k.shape)}; got {list(special.shape)}."
+        )
+
+
 def check_rule(sparse_ratio: float | None, cdf_threshold: float | None, minimum: int) -> None:
     """Refuse a uniform rule without a part, or a part outside [0, 1].
 

@@ -90,7 +90,7 @@ def pooled_uniform_counts(
     check_rule(sparse_ratio, cdf_threshold, minimum)
     least = _least(pooled.columns, sparse_ratio, minimum)
     if cdf_threshold is None:
-        counts = torch.full(pooled.q.shape[:2], least, dtype=torch.int64, device=pooled.q.device)
+        counts = torch.full((pooled.q.shape[0], pooled.rows), least, dtype=torch.int64, device=pooled.q.device)
     else:
         counts = rows_of(pooled).uniform_counts(cdf_threshold + CDF_SLACK, least)
     return counts.view(pooled.batch, pooled.heads, pooled.rows)

@@ -27,10 +27,54 @@ def keep_largest(x: Tensor, ranked: Tensor, counts: Tensor) -> Tensor:
     Returns:
         bool `[..., T_k]` with exactly `counts` True in each row.
     """
-    threshold = ranked.gather(-1, counts.unsqueeze(-1) - 1)
+    return keep_from(x, ranked.gather(-1, counts.unsqueeze(-1) - 1), counts)
+
+
+def keep_from(x: Tensor, threshold: Tensor, counts: Tensor) -> Tensor:
+    """`keep_largest`, given the value `[..., 1]` of that rank in each row."""
     above, tied = x > threshold, x == threshold
     missing = counts.unsqueeze(-1) - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= missing))
+
+
+def mark_smallest(x: Tensor, counts: Tensor) -> Tensor:
+    """Mark the `counts` smallest entries of each row, ties to the lower column.
+
+    Args:
+        x: values `[..., T_k]` without NaN.
+        counts: int64 `[...]`, 0..T_k.
+
+    Returns:
+        Like x, 1 for exactly `counts` entries of each row, else 0.
+    """
+    threshold = nth_smallest(x, counts.clamp(min=1).unsqueeze(-1))
+    threshold.masked_fill_((counts == 0).unsqueeze(-1), -torch.inf)
+    marks = torch.le(x, threshold, out=torch.empty_like(x))
+    if _is_plain(x) and torch.equal(marks.sum(-1), counts.to(x.dtype)):
+        return marks  # no ties, as almost always: on a CPU it costs little to know
+    tied = x == threshold
+    spared = counts - (x < threshold).sum(-1)
+    return marks.masked_fill_(tied & (tied.cumsum(-1, dtype=torch.int32) > spared.unsqueeze(-1)), 0.0)
+
+
+def nth_smallest(x: Tensor, ranks: Tensor) -> Tensor:
+    """Values of rank `ranks` in each row, 1 for the smallest: `[..., T_k]`, int64 `[..., n]` -> `[..., n]`."""
+    if not _is_plain(x):
+        return torch.sort(x, dim=-1).values.gather(-1, ranks - 1)
+    values, most = x.detach().numpy(), int(ranks.max())
+    if most < x.shape[-1]:  # no more is sorted than is asked for
+        values = np.partition(values, most - 1, axis=-1)[..., :most]
+    return torch.from_numpy(np.sort(values, axis=-1)).gather(-1, ranks - 1)
+
+
+def nth_largest(x: Tensor, ranks: Tensor) -> Tensor:
+    """Values of rank `ranks` in each row, 1 for the largest: `[..., T_k]`, int64 `[..., n]` -> `[..., n]`."""
+    return nth_smallest(-x, ranks).neg_()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether NumPy can work on the values: those of a plain tensor in the memory of this machine."""
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def covering_counts(probabilities: Tensor, share: float, least: int) -> Tensor:

@@ -42,8 +42,11 @@ class MapRows(Protocol):
 
 
 def rows_of(pooled: PooledTokens) -> MapRows:
-    """The rows of the block map of pooled tokens: bisected in Triton on a GPU, else sorted in plain torch."""
-    if uses_triton(pooled.q.device):
+    """The rows of the block map of pooled tokens: bisected in Triton on a GPU, else sorted in plain torch.
+
+    Scores of sub-blocks are sorted on every device.
+    """
+    if pooled.parts == 1 and uses_triton(pooled.q.device):
         from .bisected_rows import BisectedRows
 
         return BisectedRows(pooled)

@@ -10,11 +10,14 @@ from torch import Tensor
 from hess_plugin_cuda import BlockLists
 
 from .checks import SparsityError
+from .pooled_values import PooledValues, pool_values
 from .pooling import PooledTokens, pool
 from .ranking import keep_largest, sort_rows
-from .rows import rows_of
+from .restoration import ROUNDS, restored_rows
+from .rows import MapRows, rows_of
 
 Selector = Callable[..., BlockLists]
+Values = Callable[[], PooledValues]
 
 UNKNOWN_LIMIT = 2**30
 """Bytes that lists of unknown length may take on a GPU to have room for every pair; beyond it the host waits for their
@@ -24,6 +27,7 @@ length."""
 def select(
     q: Tensor,
     k: Tensor,
+    v: Tensor | None = None,
     *,
     block_q: int,
     block_k: int,
@@ -32,6 +36,10 @@ def select(
     scale: float | None = None,
     selector: str = "mass",
     head_totals: Sequence[int] | None = None,
+    pool_q: int | None = None,
+    pool_k: int | None = None,
+    root: Tensor | None = None,
+    patches: int | None = None,
 ) -> BlockLists:
     """Choose the key blocks that each query block keeps.
 
@@ -42,17 +50,26 @@ def select(
     The block map is only ever held in bounded chunks; what stays is the lists, four bytes for each kept pair.
 
     Args:
-        q: patch queries `[B, H, N_q, d]`, after norm and RoPE.
-        k: patch keys `[B, H, N_k, d]`.
+        q: queries `[B, H, N_q, d]`, after norm and RoPE: of patches, and of special tokens after them, which are
+            not looked at.
+        k: keys `[B, H, N_k, d]`, likewise; special keys are always kept and take their share of the probability,
+            except in the map of whole blocks by which "mass" goes, where they would change no order.
+        v: values `[B, H, N_k, d]`, likewise, for selectors that look at them.
         block_q: queries of a block.
         block_k: keys of a block.
         counts: int64 `[B, H, T_q]`, blocks each row keeps (1..T_k). Either these or `budgets`.
         budgets: int64 `[B, H]`, pairs each head keeps (T_q..T_q * T_k), spread evenly over its rows, the
             remainder to the rows whose next block is the most probable.
         scale: factor on q . k; None is d ** -0.5.
-        selector: a name in `SELECTORS`. "mass" takes the most probable blocks of the block map.
+        selector: a name in `SELECTORS`. "mass" takes the most probable blocks of the block map; "drift" those whose
+            loss alone would move the output of the row most; "restore" improves on "drift" by swaps, so that the
+            drifts of what is left out cancel.
         head_totals: pairs that each head keeps, `[H]`, the same for every item, if the host knows them, as it does
             for a fixed sparsity. Trusted on a GPU, where they decide what is allocated.
+        pool_q: queries to pool together, a divisor of block_q; None is block_q.
+        pool_k: keys to pool together, a divisor of block_k; None is block_k.
+        root: `[H, d, d]`, root of the metric in which outputs are compared; see `pool_values`.
+        patches: tokens of q and k that are patches; None says all.
 
     Returns:
         Lists on the device of q, ascending in each row. Without totals a GPU's lists are not `exact`: they have room
@@ -61,48 +78,61 @@ def select(
 
     Raises:
         SparsityError: shapes do not fit, neither or both of counts and budgets are given, the totals are not
-            theirs, or there is no such selector.
+            theirs, there is no such selector, or it looks at values and none are given.
     """
     if selector not in SELECTORS:
         raise SparsityError(f"There is no selector {selector!r}; choose one of {', '.join(SELECTORS)}.")
-    pooled = pool(q, k, block_q, block_k, scale=scale)
-    return SELECTORS[selector](pooled, counts=counts, budgets=budgets, head_totals=head_totals)
+    special = None if patches is None else k[:, :, patches:]
+    pooled = pool(
+        q[:, :, :patches], k[:, :, :patches], block_q, block_k, scale=scale, pool_q=pool_q, pool_k=pool_k,
+        special=special,
+    )  # fmt: skip
+    values = None
+    if v is not None:
+        own = v
+        values = lambda: pool_values(k, own, pooled.key_tokens, block_k, pool_k=pool_k, root=root)  # noqa: E731
+    return SELECTORS[selector](pooled, values=values, counts=counts, budgets=budgets, head_totals=head_totals)
 
 
 @torch.no_grad()
 def select_mass(
     pooled: PooledTokens,
     *,
+    values: Values | None = None,
     counts: Tensor | None = None,
     budgets: Tensor | None = None,
     head_totals: Sequence[int] | None = None,
 ) -> BlockLists:
     """The selector "mass": the most probable blocks of each row; see `select`."""
-    _check_amounts(pooled, counts, budgets)
-    _check_totals(pooled, head_totals)
     rows = rows_of(pooled)
-    if counts is not None:
-        counts = counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
-    else:
-        assert budgets is not None  # one of the two was given
-        counts = rows.spread(budgets.flatten())
-    row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
-    length, exact = _length(pooled, row_ptr, head_totals)
-    col = torch.empty(length + 1, dtype=torch.int32, device=counts.device)
-    rows.fill(counts, row_ptr, col)
-    return BlockLists(
-        row_ptr,
-        col[:length],
-        pooled.batch,
-        pooled.heads,
-        pooled.query_tokens,
-        pooled.key_tokens,
-        pooled.block_q,
-        pooled.block_k,
-        head_kept=None if head_totals is None else tuple(head_totals),
-        exact=exact,
-    )
+    counts = _counts(pooled, rows, counts, budgets, head_totals)
+    return _lists(pooled, counts, head_totals, lambda row_ptr, col: rows.fill(counts, row_ptr, col))
+
+
+@torch.no_grad()
+def select_drift(
+    pooled: PooledTokens,
+    *,
+    values: Values | None = None,
+    counts: Tensor | None = None,
+    budgets: Tensor | None = None,
+    head_totals: Sequence[int] | None = None,
+) -> BlockLists:
+    """The selector "drift": the blocks of each row whose loss alone would move its output most; see `select`."""
+    return _by_drift(pooled, values, counts, budgets, head_totals, rounds=0)
+
+
+@torch.no_grad()
+def select_restore(
+    pooled: PooledTokens,
+    *,
+    values: Values | None = None,
+    counts: Tensor | None = None,
+    budgets: Tensor | None = None,
+    head_totals: Sequence[int] | None = None,
+) -> BlockLists:
+    """The selector "restore": blocks of which the rest moves the output of the row little, together; see `select`."""
+    return _by_drift(pooled, values, counts, budgets, head_totals, rounds=ROUNDS)
 
 
 def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:
@@ -118,8 +148,67 @@ def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:
     return keep_largest(block_map, sort_rows(block_map), counts)
 
 
-SELECTORS: dict[str, Selector] = {"mass": select_mass}
-"""Rules that fill a budget: `(pooled, *, counts, budgets, head_totals) -> BlockLists`."""
+SELECTORS: dict[str, Selector] = {"mass": select_mass, "drift": select_drift, "restore": select_restore}
+"""Rules that fill a budget: `(pooled, *, values, counts, budgets, head_totals) -> BlockLists`. Values are only made
+for rules that look at them."""
+
+
+def _by_drift(
+    pooled: PooledTokens,
+    values: Values | None,
+    counts: Tensor | None,
+    budgets: Tensor | None,
+    head_totals: Sequence[int] | None,
+    rounds: int,
+) -> BlockLists:
+    """Lists of the restoration, by so many rounds of swaps."""
+    if values is None:
+        raise SparsityError("Selectors by drift look at the values of the keys; give them, or select by mass.")
+    counts = _counts(pooled, rows_of(pooled), counts, budgets, head_totals)
+    given = values()
+    return _lists(
+        pooled, counts, head_totals,
+        lambda row_ptr, col: restored_rows(pooled, given, counts, row_ptr, col, rounds=rounds),
+    )  # fmt: skip
+
+
+def _counts(
+    pooled: PooledTokens,
+    rows: MapRows,
+    counts: Tensor | None,
+    budgets: Tensor | None,
+    head_totals: Sequence[int] | None,
+) -> Tensor:
+    """Blocks that each row keeps, int64 `[B * H, T_q]`."""
+    _check_amounts(pooled, counts, budgets)
+    _check_totals(pooled, head_totals)
+    if counts is not None:
+        return counts.reshape(-1, pooled.rows).clamp(1, pooled.columns)
+    assert budgets is not None  # one of the two was given
+    return rows.spread(budgets.flatten())
+
+
+def _lists(
+    pooled: PooledTokens, counts: Tensor, head_totals: Sequence[int] | None, fill: Callable[[Tensor, Tensor], None]
+) -> BlockLists:
+    """Lists of so many blocks a row, which `fill(row_ptr, col)` writes; col has an entry more than they need."""
+    row_ptr = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts.flatten(), 0, out=row_ptr[1:])
+    length, exact = _length(pooled, row_ptr, head_totals)
+    col = torch.empty(length + 1, dtype=torch.int32, device=counts.device)
+    fill(row_ptr, col)
+    return BlockLists(
+        row_ptr,
+        col[:length],
+        pooled.batch,
+        pooled.heads,
+        pooled.query_tokens,
+        pooled.key_tokens,
+        pooled.block_q,
+        pooled.block_k,
+        head_kept=None if head_totals is None else tuple(head_totals),
+        exact=exact,
+    )
 
 
 def _length(pooled: PooledTokens, row_ptr: Tensor, head_totals: Sequence[int] | None) -> tuple[int, bool]:

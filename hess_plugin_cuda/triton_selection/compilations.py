@@ -7,24 +7,32 @@ from typing import Any
 
 from hess_plugin_cuda.triton.compiled import CompiledConfiguration
 
-from .shapes import RowShape, emission_shape, row_shape
+from .shapes import RowShape, emission_shape, row_shape, swap_shape
 
 # One of each kind: a warp alone, several, as many as there are with 16 and with 32 columns a thread, rows read in
 # pieces. Rows of other lengths are as many columns to a thread as one of these.
 _COLUMNS = (512, 4096, 16384, 32768, 32769)
+
+_PARTS = ((1, 1), (4, 1), (4, 4))  # sub-blocks of a query block and of a key block
+
+_SWAP_COLUMNS = (2139, 1100, 4096, 21391, 32768, 32769)
 
 _STAGES = 3  # what Triton takes where nothing is said
 
 _TYPES = {
     "SCORES": "*fp32", "GAINS": "*fp32", "BUDGETS": "*i64", "STARTS": "*i64", "COUNTS": "*i64", "KEYS": "*i32",
     "CUTS": "*i32", "COL": "*i32", "first": "i32", "columns": "i32", "rows": "i32", "stride": "i32", "least": "i32",
-    "share": "fp32",
+    "share": "fp32", "Q": "*fp32", "K": "*fp32", "V": "*fp32", "SPECIAL_K": "*fp32", "SPECIAL_V": "*fp32",
+    "BIAS": "*fp32", "TOP": "*fp32", "INVERSE": "*fp32", "OUT": "*fp32", "SPECIAL_OUT": "*fp32",
+    "SPECIAL_SHARE": "*fp32", "GRAM": "*fp32", "WEIGHTS": "*fp32", "PROBABILITIES": "*fp32", "SQUARES": "*fp32",
+    "STATES": "*i8", "RESIDUAL": "*fp32", "LENGTHS": "*fp32", "AHEAD": "*fp32", "KEPT": "*fp32", "DRIFT": "*fp32",
+    "BEST": "*i32", "specials": "i32", "pair_stride": "i32", "turn": "i32",
 }  # fmt: skip
 
 
 def compiled_configurations() -> list[CompiledConfiguration]:
     """Kernels and configurations that `benchmarks/kernel_resources.py` compiles."""
-    return [*_scores(), *_rows()]
+    return [*_scores(), *_rows(), *_drifts(), *_swaps()]
 
 
 def _scores() -> Iterator[CompiledConfiguration]:
@@ -75,3 +83,48 @@ def _row(name: str, kernel: Any, shape: RowShape) -> CompiledConfiguration:
     return CompiledConfiguration(
         name, kernel, types, constants, aligned, options.pop("num_warps"), _STAGES, options=options
     )
+
+
+def _drifts() -> Iterator[CompiledConfiguration]:
+    """The kernels of the selectors by drift that work on tiles, at the head width of VGGT."""
+    from .drifts import change_kernel, drift_kernel
+    from .probabilities import attend_kernel
+    from .restoration import ATTEND_OPTIONS, ATTEND_TILE, DEPTH, TILE_OPTIONS, padded, tile_shape
+
+    constants = {"WIDTH": 64, "VALUES": 64, "PADDED": padded(64), "DEPTH": DEPTH, **ATTEND_TILE}
+    yield _told("attention of pooled tokens d64", attend_kernel, constants, ATTEND_OPTIONS)
+    for parts_q, parts_k in _PARTS:
+        told = f"d64 {parts_q}x{parts_k}"
+        tile = {"VALUES": 64, **tile_shape(parts_q, parts_k)}
+        for name, refined in (("drifts", True), ("drifts alone", False)):
+            yield _told(f"{name} {told}", drift_kernel, {"WIDTH": 64, **tile, "REFINED": refined}, TILE_OPTIONS)
+        for name, drops in (("restoring", False), ("dropping", True)):
+            yield _told(f"{name} {told}", change_kernel, {**tile, "DROPS": drops}, TILE_OPTIONS)
+
+
+def _swaps() -> Iterator[CompiledConfiguration]:
+    """The kernels of the selectors by drift that work on rows."""
+    from .restoration import DROP, RESTORE, START, swap_constants
+    from .swaps import list_kernel, swap_kernel
+
+    for columns in _SWAP_COLUMNS:
+        shape = swap_shape(columns)
+        told = f"{shape.size} and {shape.rest} columns" if shape.rest else f"{shape.size} columns"
+        for parts_q, parts_k in _PARTS if columns == _SWAP_COLUMNS[0] else _PARTS[:1]:
+            rows = {**swap_constants(64, parts_q, parts_k), **shape.constants}
+            for name, step in (("starts", START), ("restored", RESTORE), ("dropped", DROP)):
+                told_all = f"{name} d64 {parts_q}x{parts_k}, {told if shape.whole else 'in pieces'}"
+                yield _told(told_all, swap_kernel, {**rows, "STEP": step, "REFINED": True}, {"num_warps": shape.warps})
+    for columns in (512, 2048):
+        shape = emission_shape(columns)
+        constants = {"TILE": shape.tile}
+        yield _told(f"best states, {shape.tile} columns at once", list_kernel, constants, shape.options)
+
+
+def _told(name: str, kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> CompiledConfiguration:
+    """A kernel by the types of its arguments; those that are addresses or strides are multiples of 16."""
+    types = {parameter.name: _TYPES[parameter.name] for parameter in kernel.params if parameter.name in _TYPES}
+    aligned = tuple(name for name in types if name.isupper() or name in ("stride", "pair_stride"))
+    options = dict(options)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages", _STAGES)
+    return CompiledConfiguration(name, kernel, types, constants, aligned, warps, stages, options=options)

@@ -48,6 +48,43 @@ def row_shape(columns: int) -> RowShape:
     return RowShape(size, True, min(32, max(1, size // 512)))
 
 
+class SwapShape(NamedTuple):
+    """How a program that swaps blocks holds a row.
+
+    Attributes:
+        size: columns at once, a power of two.
+        rest: columns beside them, a power of two or 0: rows of 2139 columns are 2048 and 128, not 4096.
+        whole: whether that is all of them.
+        warps: of the program.
+    """
+
+    size: int
+    rest: int
+    whole: bool
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a launch says of columns; TILE is read at once where more is done with columns than compare."""
+        tile = min(self.size, 512 * self.warps, _PIECE)
+        groups = min(self.size, 128 * self.warps)
+        return {"SIZE": self.size, "REST": self.rest, "WHOLE": self.whole, "TILE": tile, "GROUPS": groups}
+
+
+def swap_shape(columns: int) -> SwapShape:
+    """Find how a program that swaps blocks holds a row.
+
+    As many columns to a thread as registers allow: a warp alone adds up without waiting for others.
+    """
+    if columns > LONGEST_ROW:
+        return SwapShape(_PIECE, 0, False, max(1, _PIECE // 1024))
+    size = max(64, power_of_two(columns + 1) // 2)
+    rest = max(32, power_of_two(columns - size)) if columns > size else 0
+    if rest == size and size < LONGEST_ROW:
+        size, rest = 2 * size, 0
+    return SwapShape(size, rest, True, max(1, size // 2048))
+
+
 def emission_shape(columns: int) -> RowShape:
     """Find how a program reads a row to write its list: in pieces, so that programs hide one another's waiting."""
     return row_shape(min(columns, _PIECE))

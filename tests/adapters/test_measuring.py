@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hess_plugin import Scene
 from hess_plugin.calibration.estimate import estimate
+from hess_plugin.calibration.harm import HarmSettings
 from hess_plugin.calibration.live_memory import LiveMemory
 from hess_plugin.calibration.measuring import Protocol, measuring
 from hess_plugin.plugins import resolve_adapter
@@ -31,6 +32,22 @@ def test_the_last_layer_has_its_camera_gradient_through_special_tokens_alone(
     assert bool((traces["camera.q.patch"][0] > 0).all())
     if small_upstream[0] == "vggt":  # the others' points are depth seen from the predicted cameras
         torch.testing.assert_close(traces["points.q.patch"][-1], traces["points.q"][-1], rtol=1e-4, atol=0.0)
+
+
+def test_harm_curves_beside_the_traces(
+    upstream_model: nn.Module, small_upstream: tuple[str, str], small_scene: Scene
+) -> None:
+    """Of patch tokens alone: where the camera head reads none, leaving out blocks of the last layer does no harm."""
+    harm = HarmSettings(block_q=4, block_k=4, shares=(0.2, 0.5))
+    without, found = traces_of(upstream_model, small_scene), traces_of(upstream_model, small_scene, harm=harm)
+    for name, trace in without.items():
+        torch.testing.assert_close(found[name], trace, rtol=1e-4, atol=0.0)
+    for error in ("camera", "points"):
+        curves = found[f"harm.{error}"]
+        assert bool(curves.isfinite().all()) and bool((curves[0] > 0).all())
+        assert bool((curves[..., 0].sum(-1) >= curves[..., 1].sum(-1)).all())
+    if small_upstream[0] in ("vggt", "da3-small"):
+        assert bool((found["harm.camera"][-1] == 0).all())
 
 
 def test_little_memory_under_autocast(

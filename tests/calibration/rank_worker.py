@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 
 from hess_plugin import Scene, SceneError, calibrate
+from hess_plugin.calibration.harm import HarmSettings
 from hess_plugin.calibration.ranks import Ranks, launched
 from hess_plugin.demo.model import TinyVGGT, TinyVGGTConfig
 from hess_plugin.demo.rooms import make_scene
@@ -154,6 +155,8 @@ def scenarios(worker: Worker) -> None:
         worker.outcome["exchanged"] = exchanged(3)
         worker.run("three")
         worker.run("few", scenes=scenes[:1])
+        worker.run("harm", harm=HarmSettings(block_q=8, block_k=8))
+        worker.run("other harm", harm=HarmSettings(block_q=8, block_k=16 if RANK == 1 else 8))
         worker.run("raises", at_forward=fail(rank=1, forward=1))
     with processes(2) as taking_part:
         if taking_part:

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from hess_plugin import HessError, Profile, Scene, calibrate
+from hess_plugin.calibration.harm import HarmSettings
 from hess_plugin.calibration.launch import Launch, launch
 from hess_plugin.calibration.ranks import RankLost, Ranks, RankStopped, launched
 from hess_plugin.calibration.record import Findings
@@ -155,6 +156,15 @@ def test_ranks_without_a_scene_get_the_profile_too(told: Told, tmp_path: Path) -
     calibrate(make_model(), make_scenes()[:1], output=tmp_path / "a.hess", eps=ANY_DISTANCE)
     assert told.profiles("few", ranks=3) == [undated(tmp_path / "a.hess")] * 4
     assert told.of("few", "measured") == [1, 0, 0]
+
+
+@pytest.mark.slow
+def test_harm_curves_are_shared_like_traces(told: Told, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"eps": ANY_DISTANCE, "harm": HarmSettings(block_q=8, block_k=8)}
+    assert calibrate(make_model(), make_scenes(), output=tmp_path / "a.hess", **how).has_harm
+    assert told.profiles("harm", ranks=3) == [undated(tmp_path / "a.hess")] * 4
+    assert told.of("harm", "measured") == [4, 3, 2]  # two forwards a scene, one where there is no error
+    assert all("rank 1 has harm = {" in sentence for _, sentence in told.errors("other harm"))
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_the_papers_rows_are_in_order_of_its_tables() -> None:
 def test_arms_say_what_they_are() -> None:
     assert Arm("dense").dense and not Arm("dense").guided
     assert Arm("hess", 0.5, "hess").guided and not Arm("equal", 0.5, "equal").guided
-    pruned = Arm("kwon", pruning="kwon").pruned_to(0.25, Row(sparse_ratio=0.5))
+    pruned = Arm("kwon", pruning="kwon").set_to(0.25, Row(sparse_ratio=0.5))
     assert not pruned.dense and not pruned.guided and pruned.label == "rho 0.5" and pruned.knob == 0.25
     turned = Arm("hess", allocation="hess").at(PAPER_ROWS[-1], 1.5)
     assert turned.label == PAPER_ROWS[-1].label and turned.knob == 1.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,11 @@ def test_a_folder_is_one_sweep(tmp_path: Path) -> None:
 def test_ablations_change_one_thing(profile: Profile) -> None:
     names = [arm.name for arm in all_ablations(profile)]
     assert names[:4] == ["hess camera 0", "hess camera 1", "hess W_K", "hess W_V"]
-    assert set(names[4:]) - {"hess patch rows"} == {f"hess {n}" for n in ("raw", "linear", "softmax", "log")}
+    assert set(names[4:]) - {"hess patch rows"} == {f"hess {n}" for n in ("scene", "raw", "linear", "softmax", "log")}
+    outputs = {f"{error}.output": profile.traces[f"{error}.k"] for error in ("camera", "points")}
+    with_outputs = replace(profile, traces={**profile.traces, **outputs})
+    added = [arm for arm in all_ablations(with_outputs) if arm.name not in names]
+    assert [(arm.name, arm.scoring and arm.scoring.projection) for arm in added] == [("hess output", "output")]
     assert ablations(profile, camera_weights=[0.5], projections=["q"], normalisations=["sum"]) == []
     for arm in all_ablations(profile):
         assert arm.scoring is not None

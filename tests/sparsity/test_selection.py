@@ -228,7 +228,8 @@ def test_strided_tokens_autocast_and_grad_change_nothing() -> None:
         ({"counts": torch.ones(1, 2, 4).long()}, r"counts must be int64 \[1, 2, 5\]; got torch.int64 \[1, 2, 4\]"),
         ({"budgets": torch.ones(1, 2)}, r"budgets must be int64 \[1, 2\]; got torch.float32"),
         ({"budgets": torch.ones(1, 2, dtype=torch.int64, device="meta")}, "device of q, cpu; they are on meta"),
-        ({"selector": "drift", "budgets": torch.ones(1, 2).long()}, "no selector 'drift'; choose one of mass"),
+        ({"selector": "most", "budgets": torch.ones(1, 2).long()}, "no selector 'most'; choose one of mass, drift"),
+        ({"selector": "drift", "budgets": torch.ones(1, 2).long()}, "look at the values of the keys; give them"),
     ],
 )
 def test_refuses(amounts: dict[str, object], says: str) -> None:

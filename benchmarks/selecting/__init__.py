@@ -1,0 +1,1 @@
+"""The experiment behind the table of selectors, budgets and block maps."""

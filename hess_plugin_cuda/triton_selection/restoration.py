@@ -1,0 +1,282 @@
+"""Starts the kernels of the selectors by drift: the largest drifts of a row, then swaps that let the rest cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .drifts import change_kernel, drift_kernel
+from .launch import launch
+from .probabilities import attend_kernel
+from .shapes import emission_shape, power_of_two, row_stride, swap_shape
+from .swaps import swap_kernel, list_kernel
+
+SCRATCH_BYTES = 2**26
+"""What a chunk may take; of one row at least."""
+
+MOST_ROUNDS = 6
+"""What becomes of a block, at the start and in each round, is told by the bits of a byte."""
+
+START, RESTORE, DROP = range(3)
+
+ATTEND_TILE = {"ROWS": 64, "COLUMNS": 64}
+ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 2}
+TILE_ROWS, TILE_COLUMNS = 64, 128
+TILE_OPTIONS = {"num_warps": 8, "num_stages": 2}
+DEPTH = 32
+TAKEN = 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Pooled tokens of some heads, contiguous. Sub-blocks of a block lie side by side.
+
+    Attributes:
+        q: queries times the scale, float32 `[h, T_q * A, d]`.
+        k: keys, float32 `[h, T_k * F, d]`.
+        v: their values, float32 `[h, T_k * F, e]`, in coordinates whose squared lengths count. They are best centred
+            on zero, which changes no drift but its rounding.
+        special_k: special keys, float32 `[h, S, d]`.
+        special_v: their values, float32 `[h, S, e]`.
+        bias: float32 `[T_k * F]`, added to the scores of pooled keys: the logarithm of their tokens.
+        weights: float32 `[T_q * A]`, what each query sub-block counts.
+        parts_q: A, sub-blocks of a query block: 1, 2, 4 or 8.
+        parts_k: F, sub-blocks of a key block, likewise.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    special_k: Tensor
+    special_v: Tensor
+    bias: Tensor
+    weights: Tensor
+    parts_q: int
+    parts_k: int
+
+    @property
+    def rows(self) -> int:
+        """T_q."""
+        return self.q.shape[1] // self.parts_q
+
+    @property
+    def columns(self) -> int:
+        """T_k."""
+        return self.k.shape[1] // self.parts_k
+
+    def products(self) -> Tensor:
+        """Products of the values of the parts of each block, float32 `[h, T_k, F, F]`."""
+        parts = self.v.unflatten(1, (self.columns, self.parts_k))
+        # Not a matrix product, which the user's settings may allow TF32.
+        return torch.stack([(parts * parts[:, :, f : f + 1]).sum(-1) for f in range(self.parts_k)], -1)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What queries see, float32 `[h, T_q * A]` or `[h, T_q * A, e]`.
+
+    Attributes:
+        top: largest score.
+        inverse: 1 / sum of exp(score - top), or 0 where no score is finite.
+        out: values weighted by the probabilities.
+        special_out: the part of the special keys in it.
+        special_share: their probability.
+    """
+
+    top: Tensor
+    inverse: Tensor
+    out: Tensor
+    special_out: Tensor
+    special_share: Tensor
+
+    def part(self, heads: slice, queries: slice) -> Attended:
+        """Of some of the queries; contiguous if it is those of one head, or all of several."""
+        parts = (self.top, self.inverse, self.out, self.special_out, self.special_share)
+        return Attended(*(x[heads, queries] for x in parts))
+
+
+class Chunk:
+    """Rows that are worked on at once: `r` rows of one head, or all rows of several heads.
+
+    Attributes:
+        tokens: of these rows, and of all keys.
+        attended: of these rows.
+        gram: float32 `[h, T_k, F, F]`, products of values.
+        counts: int64 `[h, r]`, blocks to keep.
+        starts: int64 `[h, r]`, where their lists start.
+        col: int32, room for the lists.
+        keys: int32 `[h, r, stride]`, of which the least are chosen.
+        states: int8 `[h, r, stride]`; see `swap_kernel`.
+        squares: float32 `[h, r * A, stride]`, |d|^2.
+        probabilities: float32 `[h, r * A, pair_stride]`.
+        residual: float32 `[h, r * A, e]`, g.
+        lengths: float32 `[h, r * A]`, g . g.
+        ahead: float32 `[h, r * A]`, v . g.
+        kept: float32 `[h, r * A]`, K.
+        drift: float32 `[h, r]`, least J.
+        best: int32 `[h, r]`, after how many rounds that was.
+    """
+
+    def __init__(
+        self, tokens: Tokens, attended: Attended, gram: Tensor, counts: Tensor, starts: Tensor, col: Tensor
+    ) -> None:
+        self.tokens, self.attended, self.gram = tokens, attended, gram
+        self.counts, self.starts, self.col = counts, starts, col
+        heads, queries, width = attended.out.shape
+        blocks, parts = row_stride(tokens.columns), row_stride(tokens.columns * tokens.parts_k)
+        new = attended.out.new_empty
+        self.keys = new(heads, tokens.rows, blocks, dtype=torch.int32)
+        self.states = new(heads, tokens.rows, blocks, dtype=torch.int8)
+        self.squares, self.probabilities = new(heads, queries, blocks), new(heads, queries, parts)
+        self.residual = new(heads, queries, width)
+        self.lengths, self.ahead, self.kept = new(3, heads, queries)
+        self.drift = new(heads, tokens.rows)
+        self.best = new(heads, tokens.rows, dtype=torch.int32)
+
+    @staticmethod
+    def row_bytes(tokens: Tokens) -> int:
+        """What the keys, states, squares and probabilities of a row take."""
+        blocks, parts = row_stride(tokens.columns), row_stride(tokens.columns * tokens.parts_k)
+        return 5 * blocks + 4 * tokens.parts_q * (blocks + parts)
+
+    def find_drifts(self, refined: bool) -> None:
+        """Fill probabilities and squares, if they are asked for, and key each block by its own drift."""
+        tokens, attended = self.tokens, self.attended
+        self._launch_tiles(
+            drift_kernel, tokens.q, tokens.k, tokens.v, tokens.bias, attended.top, attended.inverse, attended.out,
+            self.gram, tokens.weights, self.probabilities, self.squares, self.keys, tokens.rows, tokens.columns,
+            self.probabilities.stride(-2), self.keys.stride(-2), WIDTH=tokens.q.shape[-1], REFINED=refined,
+        )  # fmt: skip
+
+    def find_changes(self, step: int) -> None:
+        """Key each block by the drift of the row once it is restored, or dropped."""
+        tokens = self.tokens
+        self._launch_tiles(
+            change_kernel, tokens.v, self.residual, self.lengths, self.ahead, self.kept, tokens.weights,
+            self.probabilities, self.squares, self.keys, tokens.rows, tokens.columns,
+            self.probabilities.stride(-2), self.keys.stride(-2), DROPS=step == DROP,
+        )  # fmt: skip
+
+    def _launch_tiles(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        tokens = self.tokens
+        tile = tile_shape(tokens.parts_q, tokens.parts_k)
+        heads, rows, stride = self.keys.shape
+        launch(
+            kernel, (-(-stride // tile["COLUMNS"]), -(-rows // tile["ROWS"]), heads), tokens.v.device, *arguments,
+            VALUES=tokens.v.shape[-1], **tile, **constants, **TILE_OPTIONS,
+        )  # fmt: skip
+
+    def choose(self, step: int, turn: int, refined: bool) -> None:
+        """Keep, restore or drop the blocks of the least keys, and find what is left out then."""
+        tokens, attended = self.tokens, self.attended
+        heads, rows, stride = self.keys.shape
+        shape = swap_shape(tokens.columns)
+        launch(
+            swap_kernel, (rows, heads), tokens.v.device, self.keys, self.states, self.counts,
+            self.starts, self.col, self.probabilities, tokens.v, attended.out, attended.special_out,
+            attended.special_share, tokens.weights, self.residual, self.lengths, self.ahead, self.kept, self.drift,
+            self.best, tokens.columns, self.probabilities.stride(-2), stride, turn,
+            **swap_constants(tokens.v.shape[-1], tokens.parts_q, tokens.parts_k), STEP=step, REFINED=refined,
+            **shape.constants, num_warps=shape.warps,
+        )  # fmt: skip
+
+    def write_best(self) -> None:
+        """Write the lists of the best states."""
+        heads, rows, stride = self.states.shape
+        shape = emission_shape(self.tokens.columns)
+        launch(
+            list_kernel, (rows, heads), self.col.device, self.states, self.best, self.starts, self.col,
+            self.tokens.columns, stride, TILE=shape.tile, **shape.options,
+        )  # fmt: skip
+
+    def run(self, rounds: int) -> None:
+        """From attention to lists."""
+        self.find_drifts(rounds > 0)
+        self.choose(START, 0, rounds > 0)
+        self.swap(rounds)
+
+    def swap(self, rounds: int) -> None:
+        """From what is kept at the start to lists."""
+        for turn in range(rounds):
+            for step in (RESTORE, DROP):
+                self.find_changes(step)
+                self.choose(step, turn, True)
+        if rounds:  # else the start has listed what it keeps
+            self.write_best()
+
+
+def tile_shape(parts_q: int, parts_k: int) -> dict[str, int]:
+    """Constants of the kernels that work on tiles."""
+    rows, columns = max(1, TILE_ROWS // parts_q), max(16, TILE_COLUMNS // parts_k)
+    return {"ROWS": rows, "COLUMNS": columns, "PARTS_Q": parts_q, "PARTS_K": parts_k, "DEPTH": DEPTH}
+
+
+def swap_constants(values: int, parts_q: int, parts_k: int) -> dict[str, int]:
+    """Constants of the kernel that swaps."""
+    return {"VALUES": values, "PADDED": padded(values), "PARTS_Q": parts_q, "PARTS_K": parts_k, "TAKEN": TAKEN}
+
+
+def padded(values: int) -> int:
+    """Values in a vector of registers."""
+    return max(16, power_of_two(values))
+
+
+def attend(tokens: Tokens) -> Attended:
+    """Attention of all queries to all pooled and special keys."""
+    heads, queries, width = tokens.q.shape
+    values = tokens.v.shape[-1]
+    top, inverse, share = tokens.q.new_empty(3, heads, queries)
+    out, special_out = tokens.q.new_empty(2, heads, queries, values)
+    launch(
+        attend_kernel, (-(-queries // ATTEND_TILE["ROWS"]), heads), tokens.q.device, tokens.q, tokens.k, tokens.v,
+        tokens.special_k, tokens.special_v, tokens.bias, top, inverse, out, special_out, share, queries,
+        tokens.k.shape[1], tokens.special_k.shape[1], WIDTH=width, VALUES=values, PADDED=padded(values), DEPTH=DEPTH,
+        **ATTEND_TILE, **ATTEND_OPTIONS,
+    )  # fmt: skip
+    return Attended(top, inverse, out, special_out, share)
+
+
+def fill(
+    tokens: Tokens, counts: Tensor, starts: Tensor, col: Tensor, rounds: int, chunk_entries: int | None = None
+) -> None:
+    """Write the blocks of each row that keep its output closest to that of all blocks, ascending.
+
+    Args:
+        tokens: of some heads.
+        counts: int64 `[h, T_q]`, blocks to keep, 1..T_k.
+        starts: int64 `[h, T_q]`, where each row's blocks start.
+        col: int32, filled for these rows.
+        rounds: of swaps, `MOST_ROUNDS` at most; without any the blocks of the largest drifts are kept.
+        chunk_entries: pairs of sub-blocks to work on at once; None is as many as `SCRATCH_BYTES` allow.
+
+    Raises:
+        ValueError: more rounds.
+    """
+    if rounds > MOST_ROUNDS:
+        raise ValueError(f"There are {MOST_ROUNDS} rounds of swaps at most; got {rounds}.")
+    attended, gram = attend(tokens), tokens.products()
+    for heads, rows in _chunks(tokens, chunk_entries):
+        queries = slice(rows.start * tokens.parts_q, rows.stop * tokens.parts_q)
+        part = Tokens(
+            tokens.q[heads, queries], tokens.k[heads], tokens.v[heads], tokens.special_k[heads],
+            tokens.special_v[heads], tokens.bias, tokens.weights[queries], tokens.parts_q, tokens.parts_k,
+        )  # fmt: skip
+        own = counts[heads, rows], starts[heads, rows]
+        Chunk(part, attended.part(heads, queries), gram[heads], *own, col).run(rounds)
+
+
+def _chunks(tokens: Tokens, entries: int | None) -> Iterator[tuple[slice, slice]]:
+    """Slices of heads and rows: several heads whole, or runs of rows of one."""
+    if entries is None:
+        most = SCRATCH_BYTES // Chunk.row_bytes(tokens)
+    else:
+        most = entries // (tokens.columns * tokens.parts_q * tokens.parts_k)
+    most, rows = max(1, most), tokens.rows
+    step = max(1, most // rows)
+    for head in range(0, tokens.q.shape[0], step):
+        for first in range(0, rows, min(most, rows)):
+            yield slice(head, head + step), slice(first, min(first + most, rows))
