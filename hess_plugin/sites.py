@@ -97,8 +97,9 @@ class Site:
     def output_weight(self) -> Tensor | None:
         """Return W_O ``[C, H * d]`` as it is now, or None where there is none of that shape to read."""
         weight = None if self.output is None else self._find(self.output)
-        fits = isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == self.num_heads * self.head_dim
-        return weight if fits and not hasattr(weight, "full_tensor") and not weight.is_meta else None
+        if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor") or weight.is_meta:
+            return None
+        return weight if weight.ndim == 2 and weight.shape[1] == self.num_heads * self.head_dim else None
 
     def _find(self, name: str) -> Any:
         found: Any = self.module

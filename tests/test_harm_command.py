@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def test_the_command_measures_what_the_function_does(profile: Path) -> None:
     shown = hess_patch("show", profile, "--heads", 1)
     assert shown.exit_code == 0 and "harm: block_k 8, block_order raster, block_q 8, minimum 2" in shown.stdout
     assert "harm measured keeping 2 to " in shown.stdout
+    parts = re.search(
+        r"\nharm: of what leaving out blocks does, keeping 0\.111 to 0\.778 .* have (.*)%\.\n", shown.stdout
+    )
+    assert parts is not None and 97 <= sum(int(part) for part in parts[1].split("%, ")) <= 103
     compared = hess_patch("compare", profile, profile)
     assert compared.exit_code == 0, compared.output
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pluggy
 import torch
@@ -19,6 +19,7 @@ from hess_plugin.exceptions import CalibrationError, PatchError
 from hess_plugin.files import check_writable
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
+from hess_plugin.presets import KEY, find_preset
 from hess_plugin.profiles import HARM, Profile, model_digest, weights_fingerprint
 from hess_plugin.scenes.image_set import ImageSet
 from hess_plugin.scenes.scene import Scene
@@ -42,7 +43,8 @@ def calibrate(
     autocast: torch.dtype | None = None,
     memory: str = "lean",
     target: str = "auto",
-    harm: HarmSettings | None = None,
+    harm: HarmSettings | Literal[False] | None = None,
+    preset: str | None = None,
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
     adapter: str | None = None,
@@ -71,7 +73,9 @@ def calibrate(
             `hess_plugin.calibration.self_target`); ``auto`` takes the truth of scenes and, where all there is are
             images (`ImageSet`), the prediction. Recorded in the profile's metadata as ``truth`` or ``self``.
         harm: also measure what leaving out blocks of each head does to the errors, by one more forward a scene, with
-            these blocks; what ``patch(allocation="harm")`` needs. None for traces alone.
+            these blocks; what ``patch(allocation="harm")`` needs. None as the preset has it, False for traces alone.
+        preset: what the profile is for, taken by every patch with it that names no other (see `hess_plugin.patch`);
+            one that goes by harm has it measured, in its own way unless `harm` says another.
         metadata: provenance to record (weights, resolution, ...), JSON types only.
         progress: called as ``progress(done, total, scene)`` before each scene and once at the end; in rank 0 only.
         adapter: take this adapter instead of asking which one claims the model.
@@ -88,10 +92,14 @@ def calibrate(
             none, or ``<output>.partial`` belongs to another calibration; another rank stopped, is gone, or was given
             something else.
         SceneError: a scene is malformed.
-        PatchError: the model is patched.
+        PatchError: the model is patched, or there is no such preset.
     """
     ranks = ranks or Ranks()
     with ranks.together():
+        find_preset(preset, None)
+        if preset is not None and harm is None:
+            harm = HarmSettings.of_preset(preset)
+        harm = harm or None
         protocol = Protocol(eps=eps, autocast=autocast, memory=memory, target=target, harm=harm)
         _check_arguments(model, scenes, camera_weight)
         path = None if output is None or ranks.rank != 0 else Path(output)
@@ -114,6 +122,7 @@ def calibrate(
             "memory": memory,
             "target": target,
             **({} if harm is None else {"harm": harm.to_json()}),
+            **({} if preset is None else {KEY: preset}),
         }
         settings = {
             **provenance,

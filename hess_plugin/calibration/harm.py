@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hess_plugin.exceptions import CalibrationError, PatchError
+from hess_plugin.presets import chosen, find_preset
 from hess_plugin.settings import Settings
 
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75)
@@ -53,6 +54,24 @@ class HarmSettings:
         if not shares or not rising:
             raise CalibrationError(f"harm shares are {shares}, wanted some ascending, above 0 and below 1.")
         object.__setattr__(self, "shares", shares)
+
+    @classmethod
+    def of_preset(cls, name: str, **given: Any) -> HarmSettings | None:
+        """What a preset has measured: with its own way to choose blocks; None if it does not go by harm.
+
+        Args:
+            name: of the preset.
+            **given: fields that go before the preset's.
+
+        Raises:
+            PatchError: there is no such preset.
+            CalibrationError: a value out of range.
+        """
+        preset = find_preset(name, None)
+        if not preset.by_harm:
+            return None
+        block_q, block_k = given.get("block_q", cls.block_q), given.get("block_k", cls.block_k)
+        return cls(**{**given, **chosen(preset, block_q, block_k, given)})
 
     def of_patch(self) -> dict[str, Any]:
         """The settings that a patch has as well."""

@@ -14,6 +14,7 @@ from hess_plugin.terminal import first_rank, one_voice, progress_bars, waiting, 
 from .options import (
     COUNT,
     OUTPUT,
+    PRESETS,
     autocast_of,
     autocast_option,
     data_facts,
@@ -63,17 +64,24 @@ _WITHOUT_TRUTH = (
     "own prediction.",
 )
 @click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="What the profile is for: every patch with it chooses blocks by this preset if it names no other; accurate "
+    "measures harm as well.",
+)
+@click.option(
     "--harm/--no-harm",
-    default=False,
-    show_default=True,
+    default=None,
     help="Also measure what leaving out blocks does, by one more forward a scene: what budgets over all layers "
-    "(--allocation harm) are made of.",
+    "(--allocation harm) are made of. Off by default, but for the preset accurate.",
 )
 @click.option("--block-q", type=COUNT, help="Patch queries in a block of --harm; 128 by default.")
 @click.option("--block-k", type=COUNT, help="Patch keys in a block of --harm; 64 by default.")
 @click.option("--pool-q", type=COUNT, help="Patch queries pooled together to choose them; a whole block by default.")
 @click.option("--pool-k", type=COUNT, help="Patch keys pooled together likewise.")
-@click.option("--selector", metavar="NAME", help="Rule that chooses the blocks of --harm; mass by default.")
+@click.option(
+    "--selector", metavar="NAME", help="Rule that chooses the blocks of --harm; the preset's by default, mass without."
+)
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:
     """Measure every head's sensitivity on scenes, or on images without ground truth, and write a profile.
@@ -115,7 +123,8 @@ def _calibrate(
             found,
             output=output,
             camera_weight=options["camera_weight"],
-            **how,
+            **{**how, "harm": how["harm"] or False},  # what the preset has measured was settled above
+            preset=options["preset"],
             metadata={"model": model, "weights": weights or "shipped", **data_facts(options)},
             progress=lambda done, total, scene: note("calibrate", done, total, scene),
             adapter=options["adapter"],
@@ -129,7 +138,7 @@ def _calibrate(
 def _check_arguments(ranks: Ranks, output: Path | None, dry_run: bool, options: dict[str, Any]) -> None:
     """Refuse what cannot be done before a large model is read."""
     given = [name for name in _HARM if options[name] is not None]
-    if given and not options["harm"]:
+    if given and _harm(options) is None:
         raise click.UsageError(f"--{given[0].replace('_', '-')} says how harm is measured; add --harm.")
     _harm(options)  # a wrong value is told before a large model is read
     if output is None and not dry_run:
@@ -151,9 +160,11 @@ def _harm(options: dict[str, Any]) -> HarmSettings | None:
     """How harm is to be measured, if it is."""
     from hess_plugin.calibration.harm import HarmSettings
 
-    if not options["harm"]:
-        return None
-    return HarmSettings(**{name: options[name] for name in _HARM if options[name] is not None})
+    given = {name: options[name] for name in _HARM if options[name] is not None}
+    by_preset = None
+    if options["preset"] is not None and options["harm"] is not False:
+        by_preset = HarmSettings.of_preset(options["preset"], **given)
+    return HarmSettings(**given) if options["harm"] and by_preset is None else by_preset
 
 
 def _rehearse(ranks: Ranks, model: Any, scenes: Any, how: dict[str, Any], adapter: str | None, manager: Any) -> None:

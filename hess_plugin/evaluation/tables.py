@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hess_plugin.exceptions import ProfileError
+from hess_plugin.harm_curves import model_curves
 from hess_plugin.recorded_break_evens import break_evens
 from hess_plugin.scoring import ERROR_NAMES, Scoring, error_shares, head_scores
 from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
@@ -126,6 +128,7 @@ def profile_summary(
         lines += _head_lines(profile, chosen, scores, shares, sample)
     lines.append(_stability_line(profile, split_half(profile, scoring, seed=seed)))
     lines.append(f"scenes: {judge(profile, scoring, sample).text}")
+    lines += [_harm_line(profile, scoring)] if profile.has_harm else []
     lines += verified_lines(profile)
     lines += [f"break-even: {one.describe()}" for one in break_evens(profile)]
     return "\n".join(lines)
@@ -183,6 +186,18 @@ def _stability_line(profile: Profile, halves: Halves) -> str:
         f"in the mean of the layers (lowest {ordered[worst]:.2f}, {profile.sites[worst]}) and share "
         f"{halves.mean_overlap:.0%} of the {halves.top} most sensitive heads of a layer; by Spearman-Brown all scenes "
         f"would agree with as many others at {halves.mean_expected:.2f}."
+    )
+
+
+def _harm_line(profile: Profile, scoring: Scoring) -> str:
+    try:
+        shares, curves = model_curves(profile, scoring.camera_weight)
+    except ProfileError as error:
+        return f"harm: {error}"
+    parts = curves.sum((1, 2)) / curves.sum()
+    return (
+        f"harm: of what leaving out blocks does, keeping {shares[0]:.3f} to {shares[-1]:.3f} of the pairs, the layers "
+        f"have {', '.join(f'{part:.0%}' for part in parts.tolist())}."
     )
 
 

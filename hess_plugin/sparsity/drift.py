@@ -132,4 +132,4 @@ class ChunkDrift:
 
     def _of_rows(self, x: Tensor) -> Tensor:
         """Sums over the query sub-blocks of each row: `[h, A * r, n]` -> `[h, r, n]`."""
-        return x if self._sub_rows[0] == 1 else x.unflatten(1, self._sub_rows).sum(1)
+        return functools.reduce(torch.add, x.unflatten(1, self._sub_rows).unbind(1))

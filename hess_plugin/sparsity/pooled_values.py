@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import SparsityError, check_parts, check_special
 from .pooling import PooledTokens, pool_heads
-from .sub_blocks import exact_dtype
+from .sub_blocks import exact_dtype, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,6 @@ def pool_values(
 def _times(values: Tensor, root: Tensor) -> Tensor:
     """Values `[B * H, n, d]` times the root of their head."""
     dtype = exact_dtype(values)
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device):
         heads = values.unflatten(0, (-1, root.shape[0])).to(dtype)
         return (heads @ root.to(values.device, dtype)).flatten(0, 1).float()

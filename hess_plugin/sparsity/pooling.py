@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_parts, check_patches, check_special
-from .sub_blocks import block_scores
+from .sub_blocks import block_scores, without_autocast
 from .triton_trial import uses_triton
 
 
@@ -129,7 +129,7 @@ class PooledTokens:
         if self.parts > 1:
             return block_scores(self, heads, rows)
         q, k = self.q[heads, rows], self.k[heads].mT
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             # On a GPU a float32 product may be one of TF32, which is the user's choice for the model and not for this.
             scores = torch.bmm(q.double(), k.double()).float() if q.is_cuda else torch.bmm(q, k)
         return scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -13,6 +13,8 @@ from .emission import write_lists
 from .pooled_values import PooledValues
 from .pooling import PooledTokens
 from .ranking import mark_smallest
+from .sub_blocks import without_autocast
+from .triton_restoration import restore_by_triton, restores_by_triton
 
 ROUNDS = 5
 """Rounds of swaps, each of half as many blocks as the one before."""
@@ -20,7 +22,7 @@ ROUNDS = 5
 NEVER = 1e30
 """Added to the cost of a swap that cannot be made; no cost of values of size one comes near it."""
 
-CHUNK_ENTRIES = 2**19
+CHUNK_ENTRIES = 2**18
 """Pairs of sub-blocks worked on at once."""
 
 
@@ -42,9 +44,12 @@ def restored_rows(
         SparsityError: the values are not those of the keys.
     """
     values.check_beside(pooled)
+    if restores_by_triton(pooled, rounds):
+        restore_by_triton(pooled, values, counts, row_ptr, col, rounds)
+        return
     starts = row_ptr[:-1].view_as(counts)
     prepared: tuple[slice, HeadValues] | None = None
-    with torch.autocast(pooled.q.device.type, enabled=False):
+    with without_autocast(pooled.q.device):
         for heads, rows in pooled.chunks(pooled.chunk_entries or CHUNK_ENTRIES):
             if prepared is None or prepared[0] != heads:
                 prepared = heads, head_values(pooled, values, heads)

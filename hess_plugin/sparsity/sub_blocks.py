@@ -8,6 +8,7 @@ keys: sums over the parts of a block then add whole rows of numbers.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,13 @@ def part_sizes(tokens: int, part: int, parts: int, device: torch.device) -> Tens
 def exact_dtype(x: Tensor) -> torch.dtype:
     """What to multiply in: on a GPU a float32 product may be one of TF32, the user's choice for the model alone."""
     return torch.float64 if x.is_cuda else x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors, whatever the caller has set."""
+    if not torch.amp.is_autocast_available(device.type):  # as on the meta device, which refuses to be asked
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def query_parts(pooled: PooledTokens, heads: slice, rows: slice) -> Tensor:
@@ -71,7 +79,7 @@ def key_parts(pooled: PooledTokens, heads: slice, special_k: Tensor | None) -> t
 
 def part_scores(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """Scores of sub-blocks before the softmax, `[h, A * r, F * T_k + S]`: NaN as -inf, and no inf."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         scores = torch.baddbmm(bias, queries, keys.mT)
     largest = torch.finfo(scores.dtype).max
     return scores.nan_to_num_(nan=-torch.inf, posinf=largest, neginf=-torch.inf)

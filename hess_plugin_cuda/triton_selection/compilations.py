@@ -13,9 +13,9 @@ from .shapes import RowShape, emission_shape, row_shape, swap_shape
 # pieces. Rows of other lengths are as many columns to a thread as one of these.
 _COLUMNS = (512, 4096, 16384, 32768, 32769)
 
-_PARTS = ((1, 1), (4, 1), (4, 4))  # sub-blocks of a query block and of a key block
+_PARTS = ((1, 1), (4, 4))  # sub-blocks of a query block and of a key block
 
-_SWAP_COLUMNS = (2139, 1100, 4096, 21391, 32768, 32769)
+_SWAP_COLUMNS = (2139, 4096, 21391, 32768, 32769)
 
 _STAGES = 3  # what Triton takes where nothing is said
 
@@ -94,10 +94,8 @@ def _drifts() -> Iterator[CompiledConfiguration]:
     constants = {"WIDTH": 64, "VALUES": 64, "PADDED": padded(64), "DEPTH": DEPTH, **ATTEND_TILE}
     yield _told("attention of pooled tokens d64", attend_kernel, constants, ATTEND_OPTIONS)
     for parts_q, parts_k in _PARTS:
-        told = f"d64 {parts_q}x{parts_k}"
-        tile = {"VALUES": 64, **tile_shape(parts_q, parts_k)}
-        for name, refined in (("drifts", True), ("drifts alone", False)):
-            yield _told(f"{name} {told}", drift_kernel, {"WIDTH": 64, **tile, "REFINED": refined}, TILE_OPTIONS)
+        told, tile = f"d64 {parts_q}x{parts_k}", {"VALUES": 64, **tile_shape(parts_q, parts_k)}
+        yield _told(f"drifts {told}", drift_kernel, {"WIDTH": 64, **tile, "REFINED": True}, TILE_OPTIONS)
         for name, drops in (("restoring", False), ("dropping", True)):
             yield _told(f"{name} {told}", change_kernel, {**tile, "DROPS": drops}, TILE_OPTIONS)
 
@@ -110,11 +108,11 @@ def _swaps() -> Iterator[CompiledConfiguration]:
     for columns in _SWAP_COLUMNS:
         shape = swap_shape(columns)
         told = f"{shape.size} and {shape.rest} columns" if shape.rest else f"{shape.size} columns"
-        for parts_q, parts_k in _PARTS if columns == _SWAP_COLUMNS[0] else _PARTS[:1]:
-            rows = {**swap_constants(64, parts_q, parts_k), **shape.constants}
-            for name, step in (("starts", START), ("restored", RESTORE), ("dropped", DROP)):
-                told_all = f"{name} d64 {parts_q}x{parts_k}, {told if shape.whole else 'in pieces'}"
-                yield _told(told_all, swap_kernel, {**rows, "STEP": step, "REFINED": True}, {"num_warps": shape.warps})
+        told = told if shape.whole else "in pieces"
+        steps = {"starts": START, "restored": RESTORE, "dropped": DROP}
+        for name, step in steps.items() if columns == _SWAP_COLUMNS[0] else [("restored", RESTORE)]:
+            constants = {**swap_constants(64, 1, 1), **shape.constants, "STEP": step, "REFINED": True}
+            yield _told(f"{name} d64, {told}", swap_kernel, constants, shape.options)
     for columns in (512, 2048):
         shape = emission_shape(columns)
         constants = {"TILE": shape.tile}

@@ -23,9 +23,9 @@ MOST_ROUNDS = 6
 
 START, RESTORE, DROP = range(3)
 
-ATTEND_TILE = {"ROWS": 64, "COLUMNS": 64}
+ATTEND_TILE = {"ROWS": 64, "COLUMNS": 32}
 ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 2}
-TILE_ROWS, TILE_COLUMNS = 64, 128
+TILE_ROWS, TILE_COLUMNS = 64, 64
 TILE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 DEPTH = 32
 TAKEN = 16
@@ -128,7 +128,10 @@ class Chunk:
         self.counts, self.starts, self.col = counts, starts, col
         heads, queries, width = attended.out.shape
         blocks, parts = row_stride(tokens.columns), row_stride(tokens.columns * tokens.parts_k)
-        new = attended.out.new_empty
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=col.device)
+
         self.keys = new(heads, tokens.rows, blocks, dtype=torch.int32)
         self.states = new(heads, tokens.rows, blocks, dtype=torch.int8)
         self.squares, self.probabilities = new(heads, queries, blocks), new(heads, queries, parts)
@@ -181,7 +184,7 @@ class Chunk:
             attended.special_share, tokens.weights, self.residual, self.lengths, self.ahead, self.kept, self.drift,
             self.best, tokens.columns, self.probabilities.stride(-2), stride, turn,
             **swap_constants(tokens.v.shape[-1], tokens.parts_q, tokens.parts_k), STEP=step, REFINED=refined,
-            **shape.constants, num_warps=shape.warps,
+            **shape.constants, **shape.options,
         )  # fmt: skip
 
     def write_best(self) -> None:
@@ -229,8 +232,8 @@ def attend(tokens: Tokens) -> Attended:
     """Attention of all queries to all pooled and special keys."""
     heads, queries, width = tokens.q.shape
     values = tokens.v.shape[-1]
-    top, inverse, share = tokens.q.new_empty(3, heads, queries)
-    out, special_out = tokens.q.new_empty(2, heads, queries, values)
+    top, inverse, share = torch.empty(3, heads, queries, device=tokens.q.device, dtype=torch.float32)
+    out, special_out = torch.empty(2, heads, queries, values, device=tokens.q.device, dtype=torch.float32)
     launch(
         attend_kernel, (-(-queries // ATTEND_TILE["ROWS"]), heads), tokens.q.device, tokens.q, tokens.k, tokens.v,
         tokens.special_k, tokens.special_v, tokens.bias, top, inverse, out, special_out, share, queries,

@@ -70,6 +70,11 @@ class SwapShape(NamedTuple):
         groups = min(self.size, 128 * self.warps)
         return {"SIZE": self.size, "REST": self.rest, "WHOLE": self.whole, "TILE": tile, "GROUPS": groups}
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch says of threads. For a warp alone the assembler stops at 128 registers, and spills."""
+        return {"num_warps": self.warps, **({"maxnreg": 168} if self.warps == 1 else {})}
+
 
 def swap_shape(columns: int) -> SwapShape:
     """Find how a program that swaps blocks holds a row.

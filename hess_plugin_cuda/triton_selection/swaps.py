@@ -150,18 +150,22 @@ def nth_least(
 
 
 @triton.jit
-def mark(found, start, key, cut, done, listed, states, stride, STEP: tl.constexpr, KEPT: tl.constexpr, N: tl.constexpr):
-    """List those of N columns that have a smaller key, or this one up to the cut; a start writes all their states.
+def mark(
+    keys, states, listed, key, cut, columns, stride, STEP: tl.constexpr, REFINED: tl.constexpr, TILE: tl.constexpr
+):
+    """List the columns that have a smaller key, or this one up to the cut; a start with swaps writes all states.
 
-    Returns:
-        How many are listed so far.
+    Reads the row again, from the cache mostly: to number all its columns at once takes more registers than there are.
     """
-    places = start + tl.arange(0, N)
-    chosen = (found < tl.where(places <= cut, key + 1, key)).to(tl.int32)
-    tl.store(listed + done + tl.cumsum(chosen, 0) - 1, places, mask=chosen != 0)
-    if KEPT and STEP == 0:
-        tl.store(states + places, (chosen * -127).to(tl.int8), mask=places < stride)
-    return done + tl.sum(chosen, 0)
+    done = tl.full([], 0, tl.int32)
+    for start in range(0, columns, TILE):
+        places = start + tl.arange(0, TILE)
+        found = load_keys(keys, states, start, columns, stride, STEP, TILE)
+        chosen = (found < tl.where(places <= cut, key + 1, key)).to(tl.int32)
+        tl.store(listed + done + tl.cumsum(chosen, 0) - 1, places, mask=chosen != 0)
+        done += tl.sum(chosen, 0)
+        if REFINED and STEP == 0:
+            tl.store(states + places, (chosen * -127).to(tl.int8), mask=places < stride)
 
 
 @triton.jit
@@ -251,15 +255,7 @@ def swap_kernel(
         key, cut = nth_least(
             first, rest, number, keys, states, columns, stride, STEP, SIZE, REST, WHOLE, TILE, GROUPS
         )
-        done = tl.full([], 0, tl.int32)
-        if WHOLE:
-            done = mark(first, 0, key, cut, done, listed, states, stride, STEP, REFINED, SIZE)
-            if REST > 0:
-                mark(rest, SIZE, key, cut, done, listed, states, stride, STEP, REFINED, REST)
-        else:
-            for start in range(0, columns, TILE):
-                part = load_keys(keys, states, start, columns, stride, STEP, TILE)
-                done = mark(part, start, key, cut, done, listed, states, stride, STEP, REFINED, TILE)
+        mark(keys, states, listed, key, cut, columns, stride, STEP, REFINED, TILE)
         if REFINED:
             tl.debug_barrier()  # what some threads have listed others read
             if STEP != 0:

@@ -67,4 +67,5 @@ def test_there_are_checks() -> None:
     """A glob that finds nothing would run nothing."""
     attention = {"check_backward", "check_forward"}
     selection = {"check_selection", "check_selection_counts", "check_selection_rows"}
-    assert {file.stem for file in CHECKS} == attention | selection
+    restoration = {"check_restoration", "check_restoration_swaps"}
+    assert {file.stem for file in CHECKS} == attention | selection | restoration

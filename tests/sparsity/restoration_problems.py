@@ -11,8 +11,6 @@ from torch import Tensor
 
 from hess_plugin.sparsity import PooledTokens, PooledValues
 
-WIDTH = 4
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -36,6 +34,7 @@ def make(
     pool: tuple[int, int] = (2, 2),
     parts: tuple[int, int] = (1, 1),
     special: int = 2,
+    width: int = 4,
     chunk_entries: int | None = None,
 ) -> Problem:
     """Random pooled tokens, in float64 so that no rounding decides between two blocks."""
@@ -46,13 +45,13 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    q, k, v = normal(heads, rows * parts[0], WIDTH), normal(heads, columns * parts[1], WIDTH), None
-    v = normal(*k.shape) + 3 * normal(heads, 1, WIDTH)
+    q, k, v = (normal(heads, n, width) for n in (rows * parts[0], columns * parts[1], columns * parts[1]))
+    v += 3 * normal(heads, 1, width)
     for x, tokens, part in ((q, query_tokens, pool[0]), (k, key_tokens, pool[1]), (v, key_tokens, pool[1])):
         x[:, -(-tokens // part) :] = 0  # sub-blocks without tokens
-    special_k, special_v = normal(heads, special, WIDTH), normal(heads, special, WIDTH)
+    special_k, special_v = normal(heads, special, width), normal(heads, special, width)
     pooled = PooledTokens(
-        q * 0.7, k, 1, heads, query_tokens, key_tokens, *block, chunk_entries, *pool, special_k=special_k
+        q * 1.4 * width**-0.5, k, 1, heads, query_tokens, key_tokens, *block, chunk_entries, *pool, special_k=special_k
     )  # fmt: skip
     return Problem(pooled, PooledValues(v, special_k, special_v))
 
@@ -77,7 +76,7 @@ class Row:
 
     def output(self, sub: int, kept: Iterable[int]) -> tuple[Tensor, float]:
         """Sum of p u over some blocks and all special keys, and of p."""
-        total, mass = torch.zeros(WIDTH, dtype=torch.float64), 0.0
+        total, mass = torch.zeros_like(self.u[0][0]), 0.0
         pairs = [pair for j in kept for pair in zip(self.p[sub][j], self.u[j], strict=True)]
         for p, u in pairs + list(zip(self.special_p[sub], self.special_u, strict=True)):
             total, mass = total + p * u, mass + p
