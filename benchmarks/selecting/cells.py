@@ -177,7 +177,7 @@ PARTS = {
     "main": Part("Selectors and allocations", main_cells, SPARSITIES),
     "maps": Part("Block maps", map_cells, (0.75,)),
     "combined": Part("Combinations", combined_cells, SPARSITIES),
-    "sensitivity": Part("Sensitivity variants", sensitivity_cells, (0.75, 0.85)),
+    "sensitivity": Part("Sensitivity variants", sensitivity_cells, (0.85,)),
 }
 
 

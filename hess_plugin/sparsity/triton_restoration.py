@@ -45,6 +45,7 @@ def restore_by_triton(
 ) -> None:
     """See `restored_rows`."""
     from hess_plugin_cuda.triton_selection import restoration
+    from hess_plugin_cuda.triton_selection.tokens import Tokens
 
     starts = row_ptr[:-1].view_as(counts)
     patches, queries = pooled.k.shape[1], pooled.q.shape[1]
@@ -54,7 +55,7 @@ def restore_by_triton(
     for first in range(0, pooled.q.shape[0], step):
         heads = slice(first, first + step)
         u = normalised(torch.cat([values.v[heads], values.special_v[heads]], 1), patches)
-        tokens = restoration.Tokens(
+        tokens = Tokens(
             pooled.q[heads].contiguous(), pooled.k[heads].contiguous(), u[:, :patches].contiguous(),
             values.special_k[heads].contiguous(), u[:, patches:].contiguous(), sizes.float().log_(), weights,
             pooled.parts_q, pooled.parts_k,
@@ -85,9 +86,11 @@ def restoration_failure(device: torch.device) -> str | None:
             for rounds in (0, ROUNDS):
                 restored_rows(pooled, values, counts, row_ptr, wanted, rounds=rounds)
                 try:
-                    given = [_moved(x, device) for x in (pooled, values)]
                     tried = torch.zeros_like(wanted, device=device)
-                    restore_by_triton(*given, counts.to(device), row_ptr.to(device), tried, rounds)
+                    restore_by_triton(
+                        _moved(pooled, device), _moved(values, device), counts.to(device), row_ptr.to(device), tried,
+                        rounds,
+                    )  # fmt: skip
                     same = torch.equal(tried[:-1].cpu(), wanted[:-1])
                 except torch.OutOfMemoryError:
                     raise  # says nothing about the kernels

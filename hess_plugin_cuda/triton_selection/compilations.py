@@ -114,15 +114,17 @@ def _swaps() -> Iterator[CompiledConfiguration]:
             constants = {**swap_constants(64, 1, 1), **shape.constants, "STEP": step, "REFINED": True}
             yield _told(f"{name} d64, {told}", swap_kernel, constants, shape.options)
     for columns in (512, 2048):
-        shape = emission_shape(columns)
-        constants = {"TILE": shape.tile}
-        yield _told(f"best states, {shape.tile} columns at once", list_kernel, constants, shape.options)
+        emitted = emission_shape(columns)
+        told = f"best states, {emitted.tile} columns at once"
+        yield _told(told, list_kernel, {"TILE": emitted.tile}, emitted.options)
 
 
 def _told(name: str, kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> CompiledConfiguration:
-    """A kernel by the types of its arguments; those that are addresses or strides are multiples of 16."""
+    """A kernel by the types of its arguments, of which addresses and strides are multiples of 16 unless it says so."""
     types = {parameter.name: _TYPES[parameter.name] for parameter in kernel.params if parameter.name in _TYPES}
+    unknown = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     aligned = tuple(name for name in types if name.isupper() or name in ("stride", "pair_stride"))
+    aligned = tuple(name for name in aligned if name not in unknown)
     options = dict(options)
     warps, stages = options.pop("num_warps"), options.pop("num_stages", _STAGES)
     return CompiledConfiguration(name, kernel, types, constants, aligned, warps, stages, options=options)

@@ -1,7 +1,7 @@
 """Kernels that say of each block what leaving it out, or taking it back, does to the output of a row.
 
-Each block gets a key, a drift's bits as an integer, of which the least are chosen. One program makes a tile of them from
-all pairs of sub-blocks that they consist of; its products are matrix products.
+Each block gets a key, a drift's bits as an integer, of which the least are chosen. One program makes a tile of them
+from all pairs of sub-blocks that they consist of; its products are matrix products.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -74,7 +74,8 @@ def squared_lengths(p, gram, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: t
     return own
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+# Numbers of single rows start anywhere: to compile kernels anew for their alignment would gain nothing.
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["TOP", "INVERSE", "GRAM", "WEIGHTS"])
 def drift_kernel(
     Q, K, V, BIAS, TOP, INVERSE, OUT, GRAM, WEIGHTS, PROBABILITIES, SQUARES, KEYS,
     rows, columns, pair_stride, stride,
@@ -118,9 +119,7 @@ def drift_kernel(
     line = head * rows * PARTS_Q + row
     q = Q + head * rows * PARTS_Q * WIDTH + row * WIDTH
     k = K + head * columns * PARTS_K * WIDTH + part * WIDTH
-    scores = products(
-        q, k, row_inside, part_inside, WIDTH, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K
-    )
+    scores = products(q, k, row_inside, part_inside, WIDTH, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K)
     scores = clean(scores + tl.load(BIAS + part, mask=part_inside, other=0.0)[None, :], part_inside[None, :])
     top = tl.load(TOP + line, mask=row_inside, other=0.0)
     inverse = tl.load(INVERSE + line, mask=row_inside, other=0.0)
@@ -129,9 +128,8 @@ def drift_kernel(
         to = PROBABILITIES + head * rows * PARTS_Q * pair_stride + (row * pair_stride)[:, None] + part[None, :]
         tl.store(to, p, mask=row_inside[:, None] & (part < pair_stride)[None, :])
     out = OUT + head * rows * PARTS_Q * VALUES + row * VALUES
-    toward = products(
-        out, V + head * columns * PARTS_K * VALUES + part * VALUES, row_inside, part_inside, VALUES, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K
-    )
+    v = V + head * columns * PARTS_K * VALUES + part * VALUES
+    toward = products(out, v, row_inside, part_inside, VALUES, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K)
     toward = add_columns(p * toward, ROWS * PARTS_Q, COLUMNS, PARTS_K)
     blocks = add_columns(p, ROWS * PARTS_Q, COLUMNS, PARTS_K)
     # Past the last column p is 0, and any product will do.
@@ -169,7 +167,9 @@ def _store_keys(KEYS, keys, head, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.
     tl.store(to, keys, mask=(row < rows)[:, None] & (column < stride)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(
+    do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["LENGTHS", "AHEAD", "KEPT", "WEIGHTS"]
+)
 def change_kernel(
     V, RESIDUAL, LENGTHS, AHEAD, KEPT, WEIGHTS, PROBABILITIES, SQUARES, KEYS, rows, columns, pair_stride, stride,
     VALUES: tl.constexpr, DEPTH: tl.constexpr, PARTS_Q: tl.constexpr, PARTS_K: tl.constexpr,
@@ -209,9 +209,7 @@ def change_kernel(
     line = head * rows * PARTS_Q + row
     residual = RESIDUAL + head * rows * PARTS_Q * VALUES + row * VALUES
     v = V + head * columns * PARTS_K * VALUES + part * VALUES
-    toward = products(
-        residual, v, row_inside, part_inside, VALUES, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K
-    )
+    toward = products(residual, v, row_inside, part_inside, VALUES, DEPTH, ROWS * PARTS_Q, COLUMNS * PARTS_K)
     # Bounds are strides, multiples of 16, so that several numbers are loaded at a time.
     p = PROBABILITIES + head * rows * PARTS_Q * pair_stride + (row * pair_stride)[:, None] + part[None, :]
     p = tl.load(p, mask=row_inside[:, None] & (part < pair_stride)[None, :], other=0.0)

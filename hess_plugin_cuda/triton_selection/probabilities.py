@@ -63,7 +63,10 @@ def _add(scores, v, inside, top, total, sums, PADDED_INSIDE):
     return new, shrink, total, sums
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "specials"])
+@triton.jit(
+    do_not_specialize=["rows", "columns", "specials"],
+    do_not_specialize_on_alignment=["SPECIAL_K", "SPECIAL_V", "TOP", "INVERSE", "SPECIAL_OUT", "SPECIAL_SHARE"],
+)
 def attend_kernel(
     Q, K, V, SPECIAL_K, SPECIAL_V, BIAS, TOP, INVERSE, OUT, SPECIAL_OUT, SPECIAL_SHARE, rows, columns, specials,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr,

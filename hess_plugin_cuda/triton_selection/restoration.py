@@ -1,9 +1,38 @@
-"""Starts the kernels of the selectors by drift: the largest drifts of a row, then swaps that let the rest cancel."""
+"""Starts the kernels of the selectors by drift: the largest drifts of a row, then swaps that let the rest cancel.
+
+Rows are worked on in chunks. A chunk takes a launch for the drifts of its blocks, one that keeps the largest, four for
+each round (what each block's return would do, the swap; what its loss would do, the swap) and one for the lists.
+Between them 13 bytes are kept for a pair of blocks (with A x F sub-blocks 4 A F + 4 A + 5), 64 MiB at most for any
+number of heads.
+
+One launch for everything was weighed and left alone. Products with V want tiles of 64 queries: a tile of 16 reads V
+from the cache four times as often. Choosing wants a warp to a row and many of them, to hide the waiting of its
+bisection. With both in one program its 64 rows need 832 T_k bytes of their own, 230 MB for the programs of an H200 at
+100 views and 2.3 GB at 1000.
+
+Estimated, not measured, for H200 (132 multiprocessors, 3e13 instructions a second, 5.5 TB/s from the cache) at 100
+views: H = 16, d = 64, 1070 x 2139 blocks, 3.7e7 pairs, 10 % kept, whole blocks. The attention that is fed takes 15 ms.
+
+| step | instructions a pair | bytes a pair | TFLOP |
+|---|---|---|---|
+| attention of pooled queries | 80 | 8 | .009 |
+| drifts | 155 | 28 | .009 |
+| start | 125 | 36 | - |
+| 10 x what each block would change | 10 x 88 | 10 x 20 | 10 x .005 |
+| 10 x swap | 10 x 87 | 10 x 12 | - |
+| lists | 15 | 2 | - |
+| sum | 2100 | 390 | .065 |
+
+Instructions are those of the machine code for sm_90, times the turns that their loops take. They need 2.6 ms if nothing
+ever waits, bytes 2.6 ms, products (three of TF32 each) .7 ms; together 3 to 5 ms, or 20 to 35 % of the attention. All
+of it grows with T_q T_k, as attention does at a fixed share of kept blocks: the share is the same at 1000 views. Tiles
+take A F times as long with sub-blocks. `drift` alone, without rounds, takes some .6 ms, or 4 %. Each round looks at
+every block twice, which costs 4 to 6 %: five of them cannot stay below 5 %, one or two come close.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +42,8 @@ from .drifts import change_kernel, drift_kernel
 from .launch import launch
 from .probabilities import attend_kernel
 from .shapes import emission_shape, power_of_two, row_stride, swap_shape
-from .swaps import swap_kernel, list_kernel
+from .swaps import list_kernel, swap_kernel
+from .tokens import Attended, Tokens
 
 SCRATCH_BYTES = 2**26
 """What a chunk may take; of one row at least."""
@@ -29,74 +59,6 @@ TILE_ROWS, TILE_COLUMNS = 64, 64
 TILE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 DEPTH = 32
 TAKEN = 16
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Pooled tokens of some heads, contiguous. Sub-blocks of a block lie side by side.
-
-    Attributes:
-        q: queries times the scale, float32 `[h, T_q * A, d]`.
-        k: keys, float32 `[h, T_k * F, d]`.
-        v: their values, float32 `[h, T_k * F, e]`, in coordinates whose squared lengths count. They are best centred
-            on zero, which changes no drift but its rounding.
-        special_k: special keys, float32 `[h, S, d]`.
-        special_v: their values, float32 `[h, S, e]`.
-        bias: float32 `[T_k * F]`, added to the scores of pooled keys: the logarithm of their tokens.
-        weights: float32 `[T_q * A]`, what each query sub-block counts.
-        parts_q: A, sub-blocks of a query block: 1, 2, 4 or 8.
-        parts_k: F, sub-blocks of a key block, likewise.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    special_k: Tensor
-    special_v: Tensor
-    bias: Tensor
-    weights: Tensor
-    parts_q: int
-    parts_k: int
-
-    @property
-    def rows(self) -> int:
-        """T_q."""
-        return self.q.shape[1] // self.parts_q
-
-    @property
-    def columns(self) -> int:
-        """T_k."""
-        return self.k.shape[1] // self.parts_k
-
-    def products(self) -> Tensor:
-        """Products of the values of the parts of each block, float32 `[h, T_k, F, F]`."""
-        parts = self.v.unflatten(1, (self.columns, self.parts_k))
-        # Not a matrix product, which the user's settings may allow TF32.
-        return torch.stack([(parts * parts[:, :, f : f + 1]).sum(-1) for f in range(self.parts_k)], -1)
-
-
-@dataclass(frozen=True)
-class Attended:
-    """What queries see, float32 `[h, T_q * A]` or `[h, T_q * A, e]`.
-
-    Attributes:
-        top: largest score.
-        inverse: 1 / sum of exp(score - top), or 0 where no score is finite.
-        out: values weighted by the probabilities.
-        special_out: the part of the special keys in it.
-        special_share: their probability.
-    """
-
-    top: Tensor
-    inverse: Tensor
-    out: Tensor
-    special_out: Tensor
-    special_share: Tensor
-
-    def part(self, heads: slice, queries: slice) -> Attended:
-        """Of some of the queries; contiguous if it is those of one head, or all of several."""
-        parts = (self.top, self.inverse, self.out, self.special_out, self.special_share)
-        return Attended(*(x[heads, queries] for x in parts))
 
 
 class Chunk:
@@ -278,7 +240,9 @@ def _chunks(tokens: Tokens, entries: int | None) -> Iterator[tuple[slice, slice]
         most = SCRATCH_BYTES // Chunk.row_bytes(tokens)
     else:
         most = entries // (tokens.columns * tokens.parts_q * tokens.parts_k)
-    most, rows = max(1, most), tokens.rows
+    # Within a head numbers are counted in 32 bits.
+    longest = tokens.parts_q * row_stride(tokens.columns * tokens.parts_k)
+    most, rows = max(1, min(most, (2**31 - 1) // longest)), tokens.rows
     step = max(1, most // rows)
     for head in range(0, tokens.q.shape[0], step):
         for first in range(0, rows, min(most, rows)):

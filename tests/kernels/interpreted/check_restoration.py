@@ -46,7 +46,10 @@ def problem(
     return pooled, pool_values(k, v, keys, blocks[1], pool_k=pools[1]), counts
 
 
-def lists(way: Any, given: Problem, rounds: int, device: torch.device = torch.device("cpu")) -> list[list[int]]:
+CPU = torch.device("cpu")
+
+
+def lists(way: Any, given: Problem, rounds: int, device: torch.device = CPU) -> list[list[int]]:
     """Lists of one way to choose, with nothing written outside of them."""
     pooled, values, counts = given
     pooled, values = (

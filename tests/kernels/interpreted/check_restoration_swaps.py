@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hess_plugin_cuda.triton_selection import restoration, shapes, swaps
 from hess_plugin_cuda.triton_selection.launch import launch
-from hess_plugin_cuda.triton_selection.restoration import DROP, RESTORE, START, Attended, Chunk, Tokens
+from hess_plugin_cuda.triton_selection.restoration import DROP, RESTORE, START, Chunk
+from hess_plugin_cuda.triton_selection.tokens import Attended, Tokens
 
 WIDTH = 4
 # What is past the last column is never written, and may be anything.
@@ -46,7 +47,7 @@ def least(keys: list[int], among: list[bool], n: int) -> list[int]:
 
 def check_choice(keys: Tensor, kept: Tensor, counts: Tensor, turn: int, device: torch.device) -> None:
     """The columns that each step lists and turns, of rows `[r, T_k]`."""
-    rows, columns = keys.shape
+    columns = keys.shape[1]
     for step, among in ((START, torch.ones_like(kept)), (RESTORE, ~kept), (DROP, kept)):
         chunk = chunk_of(keys[None], counts, device)
         chunk.states[..., :columns] = torch.where(kept, KEPT, DROPPED).to(torch.int8).to(device)
