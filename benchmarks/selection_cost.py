@@ -142,8 +142,8 @@ def describe(args: argparse.Namespace) -> str:
     machine = processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     return (
         f"{machine}, Python {platform.python_version()}, torch {torch.__version__}, {args.threads} thread(s).\n"
-        f"Heads of {WIDTH}, blocks {BLOCK_Q} x {BLOCK_K}, {PATCHES} patch and {SPECIAL} special tokens a view, float32,\n"
-        f"{100 * args.kept:g} % of the blocks kept; {args.repeats} interleaved repeats.\n"
+        f"Heads of {WIDTH}, blocks {BLOCK_Q} x {BLOCK_K}, {PATCHES} patch and {SPECIAL} special tokens a view,\n"
+        f"float32, {100 * args.kept:g} % of the blocks kept; {args.repeats} interleaved repeats.\n"
         f"Command: python {' '.join(sys.argv)}"
     )
 

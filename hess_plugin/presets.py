@@ -57,9 +57,11 @@ class Preset:
 
 PRESETS = {
     "hess": Preset(),
-    "accurate": Preset("restore", parts_q=2, by_harm=True),
+    "balanced": Preset("restore", parts_q=2, by_harm=True),
+    "accurate": Preset("restore", parts_q=4, parts_k=4, by_harm=True),
 }
-"""``hess`` is the method as published; ``accurate`` loses less at the same sparsity for more time to choose blocks."""
+"""``hess`` is the method as published. The others lose less at the same sparsity and take more time to choose blocks:
+``balanced`` a few percent of the attention that it feeds, ``accurate`` a third (benchmarks/results/selection_cost.md)."""
 
 
 def preset_name(profile: Profile | None) -> str:

@@ -52,7 +52,7 @@ def test_a_patch_follows_the_profile(profile: Path) -> None:
     model = load_demo_model()
     with patch(model, profile=profile, sparsity=0.5, block_q=8, block_k=8) as handle:
         settings = handle.report().settings
-    assert (settings["selector"], settings["pool_q"], handle.report().allocation) == ("restore", 4, "harm")
+    assert (settings["selector"], settings["pool_q"], handle.report().allocation) == ("restore", 2, "harm")
 
 
 def test_both_arms_of_an_evaluation_choose_alike(

@@ -93,7 +93,7 @@ def test_a_profile_remembers_its_preset(profile: Profile) -> None:
 
 
 def test_unknown_presets_are_refused(profile: Profile) -> None:
-    with pytest.raises(PatchError, match="preset is 'best', wanted one of hess, accurate"):
+    with pytest.raises(PatchError, match="preset is 'best', wanted one of hess, balanced, accurate"):
         find_preset("best", None)
     with pytest.raises(ProfileError, match=r"calibrated for the preset .later..*upgrade"):
         find_preset(None, dataclasses.replace(profile, metadata={KEY: "later"}))

@@ -66,14 +66,14 @@ _WITHOUT_TRUTH = (
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
-    help="What the profile is for: every patch with it chooses blocks by this preset if it names no other; accurate "
-    "measures harm as well.",
+    help="What the profile is for: every patch with it chooses blocks by this preset if it names no other; balanced "
+    "and accurate measure harm as well.",
 )
 @click.option(
     "--harm/--no-harm",
     default=None,
     help="Also measure what leaving out blocks does, by one more forward a scene: what budgets over all layers "
-    "(--allocation harm) are made of. Off by default, but for the preset accurate.",
+    "(--allocation harm) are made of. Off by default, but for those presets.",
 )
 @click.option("--block-q", type=COUNT, help="Patch queries in a block of --harm; 128 by default.")
 @click.option("--block-k", type=COUNT, help="Patch keys in a block of --harm; 64 by default.")

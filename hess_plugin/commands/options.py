@@ -79,7 +79,7 @@ block_options = options(
     click.option("--block-q", type=COUNT, default=128, show_default=True, help="Patch queries in a block."),
     click.option("--block-k", type=COUNT, default=64, show_default=True, help="Patch keys in a block."),
 )
-PRESETS = ("hess", "accurate")
+PRESETS = ("hess", "balanced", "accurate")
 SELECTORS = ("mass", "drift", "restore")
 BLOCK_ORDERS = ("raster", "hilbert", "tiles")
 _SELECTION = ("preset", "selector", "pool_q", "pool_k", "block_order")
@@ -87,8 +87,8 @@ selection_options = options(
     click.option(
         "--preset",
         type=click.Choice(PRESETS),
-        help="Settings that go well together: hess, the method as published, or accurate, which keeps more accuracy "
-        "for more time to choose blocks. The profile's own by default, else hess.",
+        help="Settings that go well together: hess, the method as published; balanced and accurate, which keep more "
+        "accuracy for more time to choose blocks. The profile's own by default, else hess.",
     ),
     click.option("--selector", type=click.Choice(SELECTORS), help="Rule that chooses blocks; the preset's by default."),
     click.option(

@@ -89,13 +89,14 @@ def _drifts() -> Iterator[CompiledConfiguration]:
     """The kernels of the selectors by drift that work on tiles, at the head width of VGGT."""
     from .drifts import change_kernel, drift_kernel
     from .probabilities import attend_kernel
-    from .restoration import ATTEND_OPTIONS, ATTEND_TILE, DEPTH, TILE_OPTIONS, padded, tile_shape
+    from .restoration import ATTEND_OPTIONS, ATTEND_TILE, DEPTH, DRIFT_DEPTH, TILE_OPTIONS, padded, tile_shape
 
     constants = {"WIDTH": 64, "VALUES": 64, "PADDED": padded(64), "DEPTH": DEPTH, **ATTEND_TILE}
     yield _told("attention of pooled tokens d64", attend_kernel, constants, ATTEND_OPTIONS)
+    refined = {"DEPTH": DRIFT_DEPTH, "REFINED": True}
     for parts_q, parts_k in _PARTS:
         told, tile = f"d64 {parts_q}x{parts_k}", {"VALUES": 64, **tile_shape(parts_q, parts_k)}
-        yield _told(f"drifts {told}", drift_kernel, {"WIDTH": 64, **tile, "REFINED": True}, TILE_OPTIONS)
+        yield _told(f"drifts {told}", drift_kernel, {"WIDTH": 64, **tile, **refined}, TILE_OPTIONS)
         for name, drops in (("restoring", False), ("dropping", True)):
             yield _told(f"{name} {told}", change_kernel, {**tile, "DROPS": drops}, TILE_OPTIONS)
 

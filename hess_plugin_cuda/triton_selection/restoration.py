@@ -58,6 +58,7 @@ ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 2}
 TILE_ROWS, TILE_COLUMNS = 64, 64
 TILE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 DEPTH = 32
+DRIFT_DEPTH = 16  # with two products the registers of an RTX 50 do not hold more
 TAKEN = 16
 
 
@@ -114,7 +115,8 @@ class Chunk:
         self._launch_tiles(
             drift_kernel, tokens.q, tokens.k, tokens.v, tokens.bias, attended.top, attended.inverse, attended.out,
             self.gram, tokens.weights, self.probabilities, self.squares, self.keys, tokens.rows, tokens.columns,
-            self.probabilities.stride(-2), self.keys.stride(-2), WIDTH=tokens.q.shape[-1], REFINED=refined,
+            self.probabilities.stride(-2), self.keys.stride(-2), WIDTH=tokens.q.shape[-1], DEPTH=DRIFT_DEPTH,
+            REFINED=refined,
         )  # fmt: skip
 
     def find_changes(self, step: int) -> None:
@@ -132,7 +134,7 @@ class Chunk:
         heads, rows, stride = self.keys.shape
         launch(
             kernel, (-(-stride // tile["COLUMNS"]), -(-rows // tile["ROWS"]), heads), tokens.v.device, *arguments,
-            VALUES=tokens.v.shape[-1], **tile, **constants, **TILE_OPTIONS,
+            VALUES=tokens.v.shape[-1], **{**tile, **constants}, **TILE_OPTIONS,
         )  # fmt: skip
 
     def choose(self, step: int, turn: int, refined: bool) -> None:

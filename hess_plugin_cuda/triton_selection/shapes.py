@@ -72,8 +72,8 @@ class SwapShape(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch says of threads. For a warp alone the assembler stops at 128 registers, and spills."""
-        return {"num_warps": self.warps, **({"maxnreg": 168} if self.warps == 1 else {})}
+        """What a launch says of threads. For one warp or two the assembler may stop at 128 registers, and spill."""
+        return {"num_warps": self.warps, **({"maxnreg": 168} if self.warps <= 2 else {})}
 
 
 def swap_shape(columns: int) -> SwapShape:
