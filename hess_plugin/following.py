@@ -11,6 +11,7 @@ from .profiles import Profile, weights_fingerprint
 from .scoring import Scoring
 from .settings import Settings
 from .sites import Site
+from .verification import Verification
 from .verified_profiles import KEY, find_verification
 
 VERDICTS = ("follow", "refuse", "ignore")
@@ -42,8 +43,7 @@ def follow(
     if found is None or found.outcome not in ("harms", "mixed"):
         return settings, None
     text = found.text.removesuffix(".")
-    if (found.block_q, found.block_k) != (settings.block_q, settings.block_k):
-        text += f" (verified with blocks of {found.block_q} x {found.block_k})"
+    text += _other_blocks(found, settings)
     if found.outcome == "mixed":
         warnings.warn(
             f"Budgets follow this profile, which helps and harms: {text}; leave the profile out for uniform budgets, "
@@ -61,6 +61,15 @@ def follow(
         stacklevel=3,
     )
     return dataclasses.replace(settings, allocation="uniform"), text
+
+
+def _other_blocks(found: Verification, settings: Settings) -> str:
+    """What a verdict's blocks were, where they are not those of the patch."""
+    size = f"blocks of {found.block_q} x {found.block_k}"
+    if found.selection != settings.selection:
+        return f" (verified with {size} chosen by {found.selection}, not {settings.selection})"
+    same = (found.block_q, found.block_k) == (settings.block_q, settings.block_k)
+    return "" if same else f" (verified with {size})"
 
 
 def check_verdict(verdict: str) -> None:

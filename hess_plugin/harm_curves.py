@@ -56,6 +56,14 @@ def check_harm(harm: Mapping[str, Tensor], scenes: int, layers: int, heads: int)
             raise ProfileError(f"harm {name!r} has a curve in a scene without shares; calibrate again.")
 
 
+def has_curves(profile: Profile) -> bool:
+    """Whether some scene has curves of an error that the profile's camera weight selects."""
+    parts = {"camera": profile.camera_weight, "points": 1.0 - profile.camera_weight}
+    return profile.has_harm and any(
+        part > 0.0 and not bool(profile.harm[error].isnan().flatten(1).any(1).all()) for error, part in parts.items()
+    )
+
+
 def model_curves(profile: Profile, camera_weight: float | None = None) -> tuple[Tensor, Tensor]:
     """Make the curves of both errors and all scenes into one for each head, comparable over the whole model.
 

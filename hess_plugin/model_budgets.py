@@ -20,7 +20,7 @@ class ModelBudgets:
     """
 
     def __init__(self, shares: Tensor, curves: Tensor) -> None:
-        self._shares, self._curves = shares, curves
+        self._knots, self._heights = sparsity.convex_curves(shares, curves)
         self._made: dict[tuple[float, int, int, int], Tensor] = {}
 
     def of(self, settings: Settings, rows: int, columns: int) -> Tensor:
@@ -34,12 +34,12 @@ class ModelBudgets:
         assert settings.sparsity is not None
         key = (settings.sparsity, rows, columns, settings.minimum)
         if key not in self._made:
-            layers, heads, _ = self._curves.shape
+            layers, heads, _ = self._heights.shape
             total = sparsity.target_total(settings.sparsity, layers * heads, rows, columns, minimum=settings.minimum)
             # Cached tensors must not be born as inference tensors: a later training step could not save them.
             with torch.inference_mode(False), torch.no_grad():
-                self._made[key] = sparsity.allocate_by_gain(
-                    total, self._shares, self._curves, rows=rows, columns=columns, minimum=settings.minimum
+                self._made[key] = sparsity.allocate_convex(
+                    total, self._knots, self._heights, rows=rows, columns=columns, minimum=settings.minimum
                 )
         return self._made[key]
 

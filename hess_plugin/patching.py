@@ -16,6 +16,7 @@ from .attention import SiteAttention
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
+from .harm_blocks import warn_of_other_blocks
 from .harm_curves import model_curves
 from .interception import SDPA, LayoutHook, is_patched, restore, taken
 from .memory.lean import make_lean, unmake_lean
@@ -85,7 +86,9 @@ def patch(
         allocation: how the layer's total is divided among heads: ``hess`` (default with a profile),
             ``uniform`` (default without), ``equal``, or the checks ``reverse``, ``uncapped``, ``random``. ``harm``
             divides one total over the heads of all layers, by harm curves of the profile, and takes a `sparsity`; of
-            the options of the score it follows `camera_weight` alone.
+            the options of the score it follows `camera_weight` alone. A patch whose blocks are chosen otherwise than
+            those of the curves (by another selector, in other parts or another order) warns of it; blocks of another
+            size alone are fine, as curves are in shares of the pairs.
         preset: settings that go well together, where they are not given: ``hess``, the method as published, or
             ``balanced`` and ``accurate``, which choose blocks by ``restore``, on halves of query blocks or on quarters
             of all blocks, and divide budgets by ``harm`` if the profile has its curves. They keep more of the accuracy
@@ -112,7 +115,7 @@ def patch(
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
         verdict: what to do where `hess-patch verify` recorded in the profile, for this score and about this sparsity,
-            that its budgets are worse than uniform ones on held-out scenes: ``follow`` warns and takes uniform budgets
+            that its budgets, by the same allocation, are worse than uniform ones on held-out scenes: ``follow`` warns and takes uniform budgets
             (and warns of a profile that helps in one metric and harms in another, but uses it), ``refuse`` raises
             instead, ``ignore`` uses the profile. A profile that was not verified is used without a word.
         dense_below: patch tokens of a forward, of all views together, below which every site takes the dense path.
@@ -190,6 +193,7 @@ def patch(
         scores = head_scores(profile, scoring)
         settings, stepped_aside = follow(profile, settings, scoring, sites, verdict, strict)
         if settings.allocation == "harm":
+            warn_of_other_blocks(profile, settings)
             budgets = ModelBudgets(*model_curves(profile, scoring.camera_weight))
     place = Place(settings, profile if dense_below is None else None)
     place.settle(sites[0])  # a backend that cannot run is told now, not in the first forward

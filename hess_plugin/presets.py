@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .exceptions import PatchError, ProfileError
+from .harm_curves import has_curves
 
 if TYPE_CHECKING:
     from .profiles import Profile
@@ -52,7 +53,7 @@ class Preset:
         """
         if profile is None:
             return "uniform"
-        return "harm" if self.by_harm and profile.has_harm and sparsity is not None else "hess"
+        return "harm" if self.by_harm and has_curves(profile) and sparsity is not None else "hess"
 
 
 PRESETS = {
@@ -61,12 +62,13 @@ PRESETS = {
     "accurate": Preset("restore", parts_q=4, parts_k=4, by_harm=True),
 }
 """``hess`` is the method as published. The others lose less at the same sparsity and take more time to choose blocks:
-``balanced`` a few percent of the attention that it feeds, ``accurate`` a third (benchmarks/results/selection_cost.md)."""
+on a CPU ``balanced`` a few percent of the attention that it feeds, ``accurate`` a third (results/selection_cost.md)."""
 
 
 def preset_name(profile: Profile | None) -> str:
     """Name of the preset that a profile was calibrated for; the published method's where it says none."""
-    return DEFAULT if profile is None else str(profile.metadata.get(KEY, DEFAULT))
+    recorded = None if profile is None else profile.metadata.get(KEY)
+    return DEFAULT if recorded is None else str(recorded)
 
 
 def find_preset(name: str | None, profile: Profile | None) -> Preset:
@@ -85,7 +87,7 @@ def find_preset(name: str | None, profile: Profile | None) -> Preset:
             )
         return PRESETS[recorded]
     name = DEFAULT if name is None else name
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise PatchError(f"preset is {name!r}, wanted one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 

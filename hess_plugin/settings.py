@@ -87,11 +87,11 @@ class Settings:
                 "allocation 'harm' divides one total over all layers, which sparse_ratio and cdf_threshold leave open; "
                 "give a sparsity."
             )
-        if self.block_order not in BLOCK_ORDERS:
+        if not isinstance(self.block_order, str) or self.block_order not in BLOCK_ORDERS:
             raise PatchError(f"block_order is {self.block_order!r}, wanted one of {', '.join(BLOCK_ORDERS)}.")
         if self.memory not in MEMORY:
             raise PatchError(f"memory is {self.memory!r}, wanted one of {', '.join(MEMORY)}.")
-        if self.selector not in sparsity.SELECTORS:
+        if not isinstance(self.selector, str) or self.selector not in sparsity.SELECTORS:
             raise PatchError(f"selector is {self.selector!r}, wanted one of {', '.join(sparsity.SELECTORS)}.")
         for name, least in (("block_q", 1), ("block_k", 1), ("minimum", 1), ("dense_below", 0)):
             value = getattr(self, name)

@@ -99,6 +99,8 @@ class Site:
         weight = None if self.output is None else self._find(self.output)
         if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor") or weight.is_meta:
             return None
+        if not weight.is_floating_point():  # quantised: values without their scales
+            return None
         return weight if weight.ndim == 2 and weight.shape[1] == self.num_heads * self.head_dim else None
 
     def _find(self, name: str) -> Any:

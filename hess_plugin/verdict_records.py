@@ -44,7 +44,8 @@ def from_dict(record: object) -> Verification:
         if not isinstance(record, dict):
             raise TypeError(f"{type(record).__name__}, wanted a table")
         for name, read in _READERS.items():
-            values[name] = read(record[name])
+            if name in record or name not in _LATER:  # where it is missing it has its default
+                values[name] = read(record[name])
         name = "numbers"
         # Outcome and text are there for other readers: here they follow from the numbers, by the rule of today.
         found = Verification(**values)
@@ -102,4 +103,9 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "machine": _text,
     "versions": lambda value: {name: _text(version) for name, version in value.items()},
     "date": _text,
+    "allocation": _text,
+    "selection": _text,
+    "harm": lambda value: None if value is None else _text(value),
 }
+_LATER = ("allocation", "selection", "harm")
+"""Not in the records of the first versions, which knew budgets by score alone, and blocks chosen by mass."""

@@ -12,7 +12,7 @@ from .scoring import Scoring
 from .student import t_interval, t_quantile
 
 OUTCOMES = ("helps", "harms", "mixed", "undecided")
-ARMS = ("dense", "uniform", "hess")
+VERIFIED = ("hess", "harm")  # allocations that a profile may be verified with
 METRICS = ("auc30", "auc5", "point_error")
 LEVEL = 0.95  # of all tested metrics together
 MIN_SCENES = 8  # fewer say too little about their own spread to judge by
@@ -90,21 +90,24 @@ class Verification:
 
     Attributes:
         sparsity: asked for.
-        measured: sparsity measured, by arm ``uniform`` and ``hess``.
+        measured: sparsity measured, by arm ``uniform`` and `allocation`.
         scoring: the score that made the budgets, its camera weight filled in.
         block_q: patch queries in a block.
         block_k: patch keys in a block.
         scenes: number of held-out scenes.
         views: least and most images of a scene.
         data: where the scenes are from, in words.
-        means: of `METRICS` over the scenes, by arm ``dense``, ``uniform`` and ``hess``; NaN where not known. AUC is 0
-            to 1, the point error in units of the normalised scene.
-        differences: ``hess`` minus ``uniform`` of each metric in `TESTED`.
+        means: of `METRICS` over the scenes, by arm (`arms`); NaN where not known. AUC is 0 to 1, the point error in
+            units of the normalised scene.
+        differences: `allocation` minus ``uniform`` of each metric in `TESTED`.
         traces: `traces_digest` of the profile.
         fingerprint: `weights_fingerprint` of the model that was measured.
         machine: as `describe_machine` tells it.
         versions: of this package and of torch.
         date: when, ISO 8601.
+        allocation: how the profile divided budgets: ``hess`` or ``harm``.
+        selection: how blocks were chosen, in all arms alike: `Settings.selection`.
+        harm: `harm_digest` of the profile where budgets went by harm; None where they did not.
     """
 
     sparsity: float
@@ -122,16 +125,22 @@ class Verification:
     machine: str
     versions: Mapping[str, str]
     date: str
+    allocation: str = "hess"
+    selection: str = "mass"
+    harm: str | None = None
 
     def __post_init__(self) -> None:
         counts = (self.block_q, self.block_k, self.scenes, *self.views)
         for name, right in (
             ("sparsity", 0.0 < self.sparsity < 1.0),
-            ("measured", set(self.measured) == set(ARMS[1:]) and all(0 <= s <= 1 for s in self.measured.values())),
+            ("allocation", self.allocation in VERIFIED),
+            ("selection", bool(self.selection)),
+            ("harm", bool(self.harm) == (self.allocation == "harm") and self.harm != ""),
+            ("measured", set(self.measured) == set(self.arms[1:]) and all(0 <= s <= 1 for s in self.measured.values())),
             ("scoring", self.scoring.camera_weight is not None),
             ("block_q, block_k, scenes or views", all(type(n) is int and n >= 1 for n in counts)),
             ("views", len(self.views) == 2),
-            ("means", set(self.means) == set(ARMS) and all(set(m) == set(METRICS) for m in self.means.values())),
+            ("means", set(self.means) == set(self.arms) and all(set(m) == set(METRICS) for m in self.means.values())),
             ("means", not any(math.isinf(value) for means in self.means.values() for value in means.values())),
             ("differences", set(self.differences) == set(TESTED)),
             ("differences", all(_possible(d, self.scenes) for d in self.differences.values())),
@@ -142,7 +151,13 @@ class Verification:
     @property
     def setting(self) -> tuple[Any, ...]:
         """What a newer verification has in common with the one it replaces."""
-        return (self.sparsity, self.scoring, self.block_q, self.block_k, self.fingerprint)
+        blocks = (self.block_q, self.block_k, self.selection)
+        return (self.sparsity, self.allocation, self.scoring, *blocks, self.fingerprint)
+
+    @property
+    def arms(self) -> tuple[str, str, str]:
+        """What was compared: the dense model, uniform budgets, the profile's."""
+        return ("dense", "uniform", self.allocation)
 
     @property
     def tested(self) -> dict[str, Difference]:

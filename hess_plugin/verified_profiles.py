@@ -14,7 +14,7 @@ from .exceptions import ProfileError
 from .profiles import Profile
 from .scoring import Scoring
 from .verdict_records import from_dict, to_dict
-from .verification import Verification
+from .verification import VERIFIED, Verification
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -54,16 +54,21 @@ def _digest(profile: Profile, tensors: Mapping[str, Tensor]) -> str:
 def record_verification(profile: Profile, verification: Verification) -> Profile:
     """Copy a profile with a verdict added.
 
-    It takes the place of an older one of the same sparsity, score, blocks and weights. Others stay; those of other
-    traces, which can never apply again, and damaged ones go.
+    It takes the place of an older one of the same sparsity, allocation, score, blocks, selection and weights. Others
+    stay; those of other traces or harm curves, which can never apply again, and damaged ones go.
 
     Raises:
-        ProfileError: other traces were verified than the profile has.
+        ProfileError: other traces or harm curves were verified than the profile has.
     """
     digest = traces_digest(profile)
     if verification.traces != digest:
         raise ProfileError(
             f"other traces were verified ({verification.traces}) than the profile has ({digest}); verify it again."
+        )
+    if not _current(profile, verification):
+        raise ProfileError(
+            f"other harm curves were verified ({verification.harm}) than the profile has ({harm_digest(profile)}); "
+            "verify it again."
         )
     records = [to_dict(verification)]
     for record in reversed(_records(profile)):
@@ -71,7 +76,7 @@ def record_verification(profile: Profile, verification: Verification) -> Profile
             older = from_dict(record)
         except ProfileError:
             continue
-        if older.traces == digest and older.setting != verification.setting:
+        if _current(profile, older) and older.setting != verification.setting:
             records.insert(0, record)
     return dataclasses.replace(profile, metadata={**profile.metadata, KEY: records})
 
@@ -104,11 +109,12 @@ def find_verification(
 ) -> Verification | None:
     """Find the verdict that applies to a patch.
 
-    It is about the profile's present traces, the same score and the same weights, and about a sparsity at most
-    `DISTANCE` from the one asked for: the nearest, of two as near the sparser one. One of the patch's own block sizes
-    goes before nearer ones of other block sizes, and without one those are taken: which heads need how much changes
-    little with the size of blocks. Only budgets by score (``hess``) at a plain sparsity were verified, so nothing
-    applies to other allocations and rules.
+    It is about the same allocation, the profile's present traces (and harm curves, where budgets go by them), the same
+    score (of which harm takes the camera weight alone) and the same weights, and about a sparsity at most `DISTANCE`
+    from the one asked for: the nearest, of two as near the sparser one. One of blocks chosen as in the patch goes
+    before nearer ones of blocks chosen otherwise, then one of the patch's own block sizes before those of other sizes,
+    and without one the others are taken: which heads need how much changes little with the blocks. Only budgets by
+    score (``hess``) and by harm at a plain sparsity are verified, so nothing applies to other allocations and rules.
 
     Args:
         profile: the profile.
@@ -120,21 +126,23 @@ def find_verification(
         ProfileError: a verdict is damaged.
     """
     asked = settings.sparsity
-    if asked is None or asked == 0.0 or settings.allocation != "hess" or not _records(profile):
+    if asked is None or asked == 0.0 or settings.allocation not in VERIFIED or not _records(profile):
         return None
-    digest, scoring = traces_digest(profile), scoring.resolved(profile)
+    score = _what_counts(settings.allocation, scoring.resolved(profile))
     applying = [
         (_distance(found.sparsity, asked), found)
         for found in verifications(profile)
-        if found.traces == digest
-        and found.scoring == scoring
+        if found.allocation == settings.allocation
+        and _what_counts(found.allocation, found.scoring) == score
         and found.fingerprint == (fingerprint or profile.fingerprint)
+        and _current(profile, found)
     ]
     blocks = (settings.block_q, settings.block_k)
 
-    def rank(pair: tuple[float, Verification]) -> tuple[bool, float, float]:
+    def rank(pair: tuple[float, Verification]) -> tuple[bool, bool, float, float]:
         distance, found = pair
-        return (found.block_q, found.block_k) != blocks, distance, -found.sparsity
+        other = (found.block_q, found.block_k) != blocks
+        return found.selection != settings.selection, other, distance, -found.sparsity
 
     return min((pair for pair in applying if pair[0] <= DISTANCE), key=rank, default=(0.0, None))[1]
 
@@ -152,13 +160,27 @@ def _line(profile: Profile, record: object) -> str:
         found = from_dict(record)
     except ProfileError as error:
         return f"damaged: {error}"
-    if found.traces != traces_digest(profile):
-        return f"for other traces than these, which says nothing of them ({found.outcome} at {found.sparsity:g})."
+    if not _current(profile, found):
+        what = "traces" if found.traces != traces_digest(profile) else "harm curves"
+        return f"for other {what} than these, which says nothing of them ({found.outcome} at {found.sparsity:g})."
     other = "" if found.fingerprint == profile.fingerprint else f"with other weights ({found.fingerprint}), "
     return (
         f"{other}{found.text} Measured {found.date[:10]} on {found.data or 'scenes of no known source'}, blocks "
-        f"{found.block_q} x {found.block_k}; score: {found.scoring}."
+        f"{found.block_q} x {found.block_k} chosen by {found.selection}; budgets by "
+        f"{'harm' if found.allocation == 'harm' else 'score'}: {found.scoring}."
     )
+
+
+def _current(profile: Profile, found: Verification) -> bool:
+    """Whether a verdict is about the traces that the profile has, and about its harm curves if it is about curves."""
+    return found.traces == traces_digest(profile) and (
+        found.harm is None or found.harm == harm_digest(profile)
+    )
+
+
+def _what_counts(allocation: str, scoring: Scoring) -> Scoring:
+    """The options of a score that an allocation goes by: harm has curves of its own, and needs their mixture only."""
+    return Scoring(scoring.camera_weight) if allocation == "harm" else scoring
 
 
 def _distance(first: float, second: float) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,29 @@ def test_made_once_and_again_when_the_weight_changes() -> None:
     torch.testing.assert_close((second @ second.mT), 4 * (first @ first.mT))
 
 
+def test_another_parameter_in_its_place_is_seen() -> None:
+    module = Module()
+    metric = OutputMetric(site(module))
+    for _ in range(20):  # a freed parameter's address is soon taken by the next
+        module.proj.weight = nn.Parameter(torch.randn(5, 6))
+        root = metric.root(CPU)
+        assert root is not None
+        columns = module.proj.weight[:, :3]
+        torch.testing.assert_close(root[0] @ root[0].T, columns.T @ columns)
+
+
+def test_a_copy_whose_original_is_gone_keeps_what_was_seen() -> None:
+    module = Module()
+    metric = OutputMetric(dataclasses.replace(site(module), module=weakref.proxy(module)))
+    seen = metric.root(CPU)
+    assert seen is not None
+    wanted = seen.clone()
+    del module
+    gc.collect()
+    found = metric.root(CPU)
+    assert found is not None and torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("module", "output"),
     [
@@ -82,6 +107,13 @@ def test_made_once_and_again_when_the_weight_changes() -> None:
 )
 def test_nothing_to_read_is_the_identity(module: nn.Module, output: str | None) -> None:
     assert OutputMetric(site(module, output)).root(CPU) is None
+
+
+def test_quantised_values_without_their_scales_are_not_read() -> None:
+    module = nn.Module()
+    module.proj = nn.Module()
+    module.proj.register_buffer("weight", torch.ones(5, 6, dtype=torch.int8))
+    assert OutputMetric(site(module)).root(CPU) is None
 
 
 def test_made_under_inference_mode_it_serves_training() -> None:

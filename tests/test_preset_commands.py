@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hess_plugin import Profile, calibrate, patch
+from hess_plugin import CalibrationError, Profile, calibrate, patch
 from hess_plugin.cli import main
 from hess_plugin.demo.model import load_demo_model
 from hess_plugin.demo.scenes import RoomScenes
@@ -46,6 +46,15 @@ def test_what_is_measured_may_be_refused(tmp_path: Path) -> None:
     assert found.metadata["preset"] == "accurate" and not found.has_harm
     plain = calibrate(load_demo_model(), RoomScenes("calibration", 1, 4), preset="hess")
     assert plain.metadata["preset"] == "hess" and not plain.has_harm
+    with pytest.raises(CalibrationError, match="harm is True, wanted a HarmSettings"):
+        calibrate(load_demo_model(), RoomScenes("calibration", 1, 4), harm=True)  # type: ignore[arg-type]
+
+
+def test_scenes_with_too_few_blocks_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    found = calibrate(load_demo_model(), RoomScenes("calibration", 1, 3), preset="accurate")  # 2 blocks of 64 patches
+    assert "there are no harm curves" in caplog.text
+    with patch(load_demo_model(), profile=found, sparsity=0.5, block_q=8, block_k=8) as handle:
+        assert handle.report().allocation == "hess"
 
 
 def test_a_patch_follows_the_profile(profile: Path) -> None:

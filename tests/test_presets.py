@@ -73,6 +73,15 @@ def test_what_is_given_goes_before_the_preset(profile: Profile) -> None:
     assert made(profile, preset="accurate", selector="mass").pool_q is None
 
 
+def test_without_usable_curves_budgets_go_by_score(profile: Profile) -> None:
+    none = {name: torch.full_like(curves, torch.nan) for name, curves in profile.harm.items()}
+    found = dataclasses.replace(profile, harm=none, metadata={KEY: "accurate"})
+    assert found.has_harm and made(found).allocation == "hess"
+    of_points = dataclasses.replace(profile, harm={**profile.harm, "camera": none["camera"]}, camera_weight=1.0)
+    assert made(of_points, preset="accurate").allocation == "hess"
+    assert made(dataclasses.replace(of_points, camera_weight=0.5), preset="accurate").allocation == "harm"
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 128])
 def test_pieces_divide_blocks_of_every_size(block: int) -> None:
     for preset in (*PRESETS.values(), Preset("restore", 4, 6)):
@@ -95,6 +104,9 @@ def test_a_profile_remembers_its_preset(profile: Profile) -> None:
 def test_unknown_presets_are_refused(profile: Profile) -> None:
     with pytest.raises(PatchError, match="preset is 'best', wanted one of hess, balanced, accurate"):
         find_preset("best", None)
+    with pytest.raises(PatchError, match=r"preset is \['hess'\], wanted one of"):
+        find_preset(["hess"], None)  # type: ignore[arg-type]
+    assert preset_name(dataclasses.replace(profile, metadata={KEY: None})) == DEFAULT
     with pytest.raises(ProfileError, match=r"calibrated for the preset .later..*upgrade"):
         find_preset(None, dataclasses.replace(profile, metadata={KEY: "later"}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from hess_plugin import __version__
 from hess_plugin.exceptions import CalibrationError, PatchError
 from hess_plugin.files import check_writable
+from hess_plugin.harm_curves import has_curves
 from hess_plugin.interception import is_patched
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.presets import KEY, find_preset
@@ -31,6 +33,8 @@ from .measuring import Protocol, measuring
 from .ranks import Ranks
 from .record import Record
 from .rounds import Progress, measure_all, scene_names
+
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -99,6 +103,8 @@ def calibrate(
         find_preset(preset, None)
         if preset is not None and harm is None:
             harm = HarmSettings.of_preset(preset)
+        if not isinstance(harm, HarmSettings) and harm not in (None, False):
+            raise CalibrationError(f"harm is {harm!r}, wanted a HarmSettings, None or False.")
         harm = harm or None
         protocol = Protocol(eps=eps, autocast=autocast, memory=memory, target=target, harm=harm)
         _check_arguments(model, scenes, camera_weight)
@@ -137,6 +143,13 @@ def calibrate(
             names = measure_all(measurer, scenes, record, ranks, progress if ranks.rank == 0 else None)
         _check_usable(record, names)
         profile = _profile(record, names, chosen.name, sites, weight, {**provenance, "camera_weight_source": source})
+        if harm is not None and not has_curves(profile):
+            _log.warning(
+                "no scene has more than %d key blocks of %d patches, so that there are no harm curves and budgets will "
+                "not go by them; calibrate on more views, or with a smaller block_k",
+                harm.minimum,
+                harm.block_k,
+            )
         profile.scores()  # fails now, with nothing written, rather than when the profile is first used
         if path is not None:
             profile.save(path)

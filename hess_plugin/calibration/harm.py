@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,8 @@ class HarmSettings:
             Settings(0.5, None, None, "uniform", **self.of_patch())
         except PatchError as error:
             raise CalibrationError(f"harm settings: {error}") from error
+        if not isinstance(self.shares, Sequence) or not all(isinstance(share, numbers.Real) for share in self.shares):
+            raise CalibrationError(f"harm shares are {self.shares!r}, wanted a sequence of numbers.")
         shares = tuple(self.shares)
         rising = all(low < high for low, high in zip((0.0, *shares), (*shares, 1.0), strict=True))
         if not shares or not rising:

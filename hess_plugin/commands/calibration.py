@@ -12,9 +12,11 @@ from hess_plugin.files import check_writable
 from hess_plugin.terminal import first_rank, one_voice, progress_bars, waiting, warn_random
 
 from .options import (
+    BLOCK_ORDERS,
     COUNT,
     OUTPUT,
     PRESETS,
+    SELECTORS,
     autocast_of,
     autocast_option,
     data_facts,
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from hess_plugin.calibration.ranks import Ranks
     from hess_plugin.profiles import Profile
 
-_HARM = ("block_q", "block_k", "pool_q", "pool_k", "selector")
+_HARM = ("block_q", "block_k", "pool_q", "pool_k", "block_order", "selector")
 _WITHOUT_TRUTH = (
     "ground-truth-free: errors were measured against the model's own predictions, displaced at random; no true camera "
     "or point was used, so nothing here tells how accurate the model is on these images"
@@ -80,7 +82,14 @@ _WITHOUT_TRUTH = (
 @click.option("--pool-q", type=COUNT, help="Patch queries pooled together to choose them; a whole block by default.")
 @click.option("--pool-k", type=COUNT, help="Patch keys pooled together likewise.")
 @click.option(
-    "--selector", metavar="NAME", help="Rule that chooses the blocks of --harm; the preset's by default, mass without."
+    "--selector",
+    type=click.Choice(SELECTORS),
+    help="Rule that chooses the blocks of --harm; the preset's by default, mass without.",
+)
+@click.option(
+    "--block-order",
+    type=click.Choice(BLOCK_ORDERS),
+    help="Order in which the patches of a frame fill them; the preset's by default, raster without.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would take, in memory and time, and stop.")
 def calibrate(output: Path | None, dry_run: bool, model: str, weights: str | None, **options: Any) -> None:

@@ -60,16 +60,22 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
     from hess_plugin.evaluation.tables import comparison_table
     from hess_plugin.evaluation.verify import HeldOut, arms_of
     from hess_plugin.evaluation.verify import verify as measure
+    from hess_plugin.harm_curves import model_curves
     from hess_plugin.machine import describe_machine
     from hess_plugin.profiles import Profile
     from hess_plugin.scoring import head_scores
+    from hess_plugin.settings import make_settings
     from hess_plugin.verified_profiles import write_verifications
 
     loaded, scoring = Profile.load(profile), scoring_of(options)
     if not no_record:
         _check_replaceable(profile)
     head_scores(loaded, scoring)  # a score that cannot be made is told before a large model is read
-    arms = arms_of(options["sparsities"])
+    blocks = {name: options[name] for name in ("block_q", "block_k")}
+    settings = make_settings(profile=loaded, **blocks, **selection_of(options))  # as is what a patch would refuse
+    if settings.allocation == "harm":
+        model_curves(loaded, scoring.camera_weight)
+    arms = arms_of(options["sparsities"], settings.allocation)
     net, scenes, manager = model_and_scenes(model, weights, options)
     held_out = HeldOut(scenes, loaded)
     if held_out.left_out:
@@ -85,8 +91,7 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
             loaded,
             options["sparsities"],
             scoring=scoring,
-            block_q=options["block_q"],
-            block_k=options["block_k"],
+            **blocks,
             selection=selection_of(options),
             strict=not options["any_weights"],
             data=_described(options),
@@ -98,7 +103,8 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
     click.echo(
         f"\nscenes: {len(held_out)} held out; mean ± standard error; AUC in points; ATE after "
         f"{ALIGNMENT_WORDS['cameras']}, point error after {ALIGNMENT_WORDS['pixels']}; score: "
-        f"{scoring.resolved(loaded)}; {describe_machine()}."
+        f"{scoring.resolved(loaded)}; budgets by {'harm' if settings.allocation == 'harm' else 'score'}; blocks "
+        f"{settings.block_q} x {settings.block_k} chosen by {settings.selection}; {describe_machine()}."
     )
     for verification in found.verifications:
         click.echo(f"verdict: {verification.text}")

@@ -65,8 +65,8 @@ def training_rooms(
 ) -> list[RenderedRoom]:
     """Rooms of one training step: a pure function of its arguments, so a resumed run sees the same data."""
     rng = np.random.default_rng([step, rank, seed] if seed else [step, rank])
-    # Far enough apart that the runs of two seeds share no room.
-    first = (step * world + rank) * scenes * 8 + seed * 2_500_000
+    # Far enough apart that runs of seeds 0 to 3 share no room; beyond, rooms come again, with other cameras' sectors.
+    first = (step * world + rank) * scenes * 8 + seed % 4 * 2_500_000
     return [
         render_room((first + index) % 10_000_000, views, sector=float(rng.uniform(15.0, max_sector)))
         for index in range(scenes)

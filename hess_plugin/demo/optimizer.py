@@ -85,8 +85,13 @@ def make_optimizers(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> li
 
 def fast_type(device: torch.device) -> torch.dtype:
     """bfloat16 where it is the faster one; a CPU without instructions for it takes ten times as long as in float32."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = device.type != "cpu" or bool(torch.backends.mkldnn.is_available() and _multiplies_bfloat16())
     return torch.bfloat16 if native else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # torch has no public way to ask
+    return bool(asked is not None and asked())
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:

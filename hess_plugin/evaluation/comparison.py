@@ -19,7 +19,7 @@ from hess_plugin.harm_curves import model_curves
 from hess_plugin.patching import patch
 from hess_plugin.plugins import resolve_adapter
 from hess_plugin.predictions import Prediction
-from hess_plugin.presets import preset_name
+from hess_plugin.presets import find_preset, preset_name
 from hess_plugin.profiles import Profile, weights_fingerprint
 from hess_plugin.scenes.image_set import require_truth
 from hess_plugin.scenes.scene import Scene
@@ -69,7 +69,9 @@ class Runner:
         self.scoring = Scoring(**{name: self._options.pop(name) for name in SCORE_OPTIONS if name in self._options})
         self._strict = self._options.pop("strict", True)
         # Arms without a profile choose their blocks as the others do.
-        self._options.setdefault("preset", preset_name(profile))
+        if self._options.get("preset") is None:
+            find_preset(None, profile)
+            self._options["preset"] = preset_name(profile)
         self.adapter: Adapter = resolve_adapter(model, adapter, manager)
         self._warm = False
 

@@ -20,8 +20,9 @@ from hess_plugin.plugins import resolve_adapter
 from hess_plugin.profiles import Profile, weights_fingerprint
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import Scoring, head_scores
-from hess_plugin.verification import ARMS, METRICS, TESTED, Difference, Verification
-from hess_plugin.verified_profiles import traces_digest
+from hess_plugin.settings import make_settings
+from hess_plugin.verification import METRICS, TESTED, Difference, Verification
+from hess_plugin.verified_profiles import harm_digest, traces_digest
 
 from .arms import Arm, Row
 from .comparison import compare
@@ -74,8 +75,12 @@ class Verified:
     rows: list[Measurement]
 
 
-def arms_of(sparsities: Sequence[float]) -> list[Arm]:
+def arms_of(sparsities: Sequence[float], allocation: str = "hess") -> list[Arm]:
     """What is compared: the dense model once, uniform budgets and the profile's at each sparsity.
+
+    Args:
+        sparsities: the targets.
+        allocation: how the profile divides budgets: ``hess`` or ``harm``.
 
     Raises:
         PatchError: no sparsity, or one at which nothing or everything is dropped.
@@ -85,7 +90,7 @@ def arms_of(sparsities: Sequence[float]) -> list[Arm]:
             raise PatchError(f"sparsity {sparsity} cannot be verified, wanted a number above 0 (dense) and below 1.")
     if not sparsities:
         raise PatchError("no sparsity to verify at was given; give one or several above 0 and below 1.")
-    arms = [Arm(name, s, name) for s in dict.fromkeys(sparsities) for name in ("uniform", "hess")]
+    arms = [Arm(name, s, name) for s in dict.fromkeys(sparsities) for name in ("uniform", allocation)]
     return [Arm("dense"), *arms]
 
 
@@ -106,6 +111,9 @@ def verify(
     manager: pluggy.PluginManager | None = None,
 ) -> Verified:
     """Compare a profile's budgets with uniform ones at the same sparsity, and with the dense model.
+
+    The profile's are those that a patch with it takes: by harm with a preset that goes by it, if there are curves, else
+    by score. Blocks are chosen alike in all.
 
     Nothing is written; `hess_plugin.verified_profiles` puts verdicts into a profile. Those it has already play no part.
 
@@ -130,7 +138,10 @@ def verify(
         ProfileError, ProfileMismatch: the profile is not this model's or has no such score.
         SceneError: no scene is left, or one has no true cameras.
     """
-    arms = arms_of(sparsities)
+    arms_of(sparsities)  # what cannot be verified is told first
+    blocks = {"block_q": block_q, "block_k": block_k, **(selection or {})}
+    settings = make_settings(profile=profile, **blocks)  # alike at every plain sparsity
+    arms = arms_of(sparsities, settings.allocation)
     scoring = (scoring or Scoring()).resolved(profile)
     head_scores(profile, scoring)
     held_out = HeldOut(scenes, profile)
@@ -153,15 +164,16 @@ def verify(
         adapter=adapter,
         manager=manager,
         strict=strict,
-        block_q=block_q,
-        block_k=block_k,
-        **(selection or {}),
+        **blocks,
         **asdict(scoring),
     )
     found = []
     for sparsity in dict.fromkeys(sparsities):
-        columns = _columns(rows, sparsity)
-        measured = {arm: statistics.fmean(row.sparsity for row in columns[arm].values()) for arm in ARMS[1:]}
+        columns = _columns(rows, sparsity, settings.allocation)
+        measured = {
+            arm: statistics.fmean(row.sparsity for row in columns[arm].values())
+            for arm in ("uniform", settings.allocation)
+        }
         if min(measured.values()) == 0.0:
             raise PatchError(
                 f"at sparsity {sparsity:g} nothing was dropped, so there is nothing to verify: these scenes have too "
@@ -178,12 +190,15 @@ def verify(
                 views=(min(views), max(views)),
                 data=data,
                 means={arm: {metric: _mean(column, metric) for metric in METRICS} for arm, column in columns.items()},
-                differences={metric: _difference(columns, metric) for metric in TESTED},
+                differences={metric: _difference(columns, metric, settings.allocation) for metric in TESTED},
                 traces=traces_digest(profile),
                 fingerprint=fingerprint,
                 machine=describe_machine(),
                 versions={"hess_plugin": hess_plugin.__version__, "torch": torch.__version__},
                 date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                allocation=settings.allocation,
+                selection=settings.selection,
+                harm=harm_digest(profile) if settings.allocation == "harm" else None,
             )
         )
     return Verified(found, rows)
@@ -192,10 +207,10 @@ def verify(
 _Columns = dict[str, dict[str, Measurement]]
 
 
-def _columns(rows: Sequence[Measurement], sparsity: float) -> _Columns:
+def _columns(rows: Sequence[Measurement], sparsity: float, allocation: str = "hess") -> _Columns:
     """Measurements of the dense model and of both arms at one sparsity, by arm and scene."""
-    labels = dict(zip(ARMS, (Row(target).label for target in (0.0, sparsity, sparsity)), strict=True))
-    columns: _Columns = {arm: {} for arm in ARMS}
+    labels = {"dense": Row(0.0).label, "uniform": Row(sparsity).label, allocation: Row(sparsity).label}
+    columns: _Columns = {arm: {} for arm in labels}
     for row in rows:
         if row.row == labels[row.arm]:
             columns[row.arm][row.scene] = row
@@ -208,13 +223,13 @@ def _mean(column: dict[str, Measurement], metric: str) -> float:
     return statistics.fmean(known) if known else math.nan
 
 
-def _difference(columns: _Columns, metric: str) -> Difference:
+def _difference(columns: _Columns, metric: str, allocation: str = "hess") -> Difference:
     """The profile's arm minus uniform, over the scenes that have the metric in both.
 
     None at all where only one of the arms has it in some scene: a prediction too broken to be measured must not leave
     its arm the easier scenes. AUC counts such a scene as a miss and decides alone.
     """
-    uniform, mine = columns["uniform"], columns["hess"]
+    uniform, mine = columns["uniform"], columns[allocation]
     if any(
         math.isnan(getattr(row, metric)) != math.isnan(getattr(uniform[scene], metric)) for scene, row in mine.items()
     ):

@@ -44,13 +44,13 @@ def head_values(pooled: PooledTokens, values: PooledValues, heads: slice) -> Hea
     keys, bias = key_parts(pooled, heads, values.special_k)
     u = torch.cat([by_part(values.v[heads], pooled.parts_k), values.special_v[heads]], 1).to(exact_dtype(pooled.q))
     patches = pooled.columns * pooled.parts_k
-    u = _normalised(u, patches)
+    u = normalised(u, patches)
     parts = u[:, :patches].unflatten(1, (pooled.parts_k, 1, pooled.columns))
     gram = torch.stack([(parts * parts[:, f : f + 1]).sum(-1) for f in range(pooled.parts_k)], 1)
     return HeadValues(keys, bias, u, gram)
 
 
-def _normalised(u: Tensor, patches: int) -> Tensor:
+def normalised(u: Tensor, patches: int) -> Tensor:
     """Values around their mean and of size one at most, which moves no minimum; what is no number counts as zero.
 
     Products of drifts are differences of products of values, from which a mean far from zero would take all digits.

@@ -37,21 +37,39 @@ def allocate_by_gain(total: int, shares: Tensor, harm: Tensor, *, rows: int, col
     Raises:
         SparsityError: the total is out of reach, shares do not ascend, or a harm is negative or not finite.
     """
-    check_grid(rows, columns, minimum)
     _check_curves(shares, harm)
-    heads, pairs, least = math.prod(harm.shape[:-1]), rows * columns, rows * min(minimum, columns)
+    return allocate_convex(total, *convex_curves(shares, harm), rows=rows, columns=columns, minimum=minimum)
+
+
+def allocate_convex(
+    total: int, knots: np.ndarray, heights: np.ndarray, *, rows: int, columns: int, minimum: int = 2
+) -> Tensor:
+    """`allocate_by_gain` of curves that are convex already, as `convex_curves` gives them.
+
+    Args:
+        total: pairs to keep in all.
+        knots: shares from 0 to 1, ``[K']``.
+        heights: harm at them, ``[..., K']``.
+        rows: query blocks T_q.
+        columns: key blocks T_k.
+        minimum: key blocks every row keeps, T_k if there are fewer.
+
+    Raises:
+        SparsityError: the total is out of reach.
+    """
+    check_grid(rows, columns, minimum)
+    heads, pairs, least = math.prod(heights.shape[:-1]), rows * columns, rows * min(minimum, columns)
     if not heads * least <= total <= heads * pairs:
         raise SparsityError(
             f"{heads} heads of {rows} x {columns} blocks, at least {min(minimum, columns)} a row, can keep "
             f"{heads * least} to {heads * pairs} pairs in all; got a total of {total}."
         )
-    knots, heights = convex_curves(shares, harm)
     stops = _stops(knots * pairs, least, pairs)
     widths = np.diff(stops)
     at_stops = np.stack([np.interp(stops, knots * pairs, curve) for curve in heights.reshape(heads, -1)])
     # Rounding must not let a later piece of a head gain more than an earlier one.
     gains = np.minimum.accumulate(-np.diff(at_stops) / widths, axis=-1)
-    return torch.from_numpy(least + _filled(total - heads * least, gains, widths)).reshape(harm.shape[:-1])
+    return torch.from_numpy(least + _filled(total - heads * least, gains, widths)).reshape(heights.shape[:-1])
 
 
 def convex_curves(shares: Tensor, harm: Tensor) -> tuple[np.ndarray, np.ndarray]:

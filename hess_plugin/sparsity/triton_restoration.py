@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .drift import _normalised as normalised
+from .drift import normalised as normalised
 from .pooled_values import PooledValues
 from .pooling import PooledTokens
 from .sub_blocks import part_sizes

@@ -82,7 +82,8 @@ def test_every_number_that_is_compared_is_a_recomputed_drift(problem: Problem, s
             blocks = set(range(pooled.columns))
             for j in blocks:
                 close(drift.alone()[head, row, j], numbers.drift(blocks - {j}) / unit)
-                close(found[-1 if j in kept else 1][head, row, j], numbers.drift(kept ^ {j}) / unit)
+                if kept != {j}:  # a swap never leaves a row without blocks
+                    close(found[-1 if j in kept else 1][head, row, j], numbers.drift(kept ^ {j}) / unit)
 
 
 def unit_of(problem: Problem, head: int) -> float:
@@ -92,7 +93,8 @@ def unit_of(problem: Problem, head: int) -> float:
 
 
 def close(given: Tensor, wanted: float) -> None:
-    assert float(given) == pytest.approx(wanted, rel=1e-6, abs=1e-11)
+    # What is left of a difference of numbers near one is divided by 1e-8 where next to nothing is kept.
+    assert float(given) == pytest.approx(wanted, rel=1e-6, abs=1e-7)
 
 
 @given(PROBLEMS, st.integers(0, 10**6))
