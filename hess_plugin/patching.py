@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapting import Adapter, Replacement
 from .attention import SiteAttention
+from .block_choice import warn_of_other_blocks
 from .exceptions import PatchError
 from .following import check_verdict, follow
 from .handle import Patch
-from .harm_blocks import warn_of_other_blocks
 from .harm_curves import model_curves
 from .interception import SDPA, LayoutHook, is_patched, restore, taken
 from .memory.lean import make_lean, unmake_lean

@@ -19,10 +19,11 @@ from hess_plugin.profiles import weights_fingerprint
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import ERROR_NAMES, Scoring
 from hess_plugin.sites import PROJECTIONS
-from hess_plugin.verification import ARMS, METRICS, Difference, Verification
+from hess_plugin.verification import METRICS, Difference, Verification
 from hess_plugin.verified_profiles import record_verification, traces_digest
 
 BLOCKS: dict[str, Any] = {"block_q": 8, "block_k": 8}
+ARMS = ("dense", "uniform", "hess")
 SIGNS = {"helps": (1, 0), "harms": (-1, 0), "mixed": (1, 1), "undecided": (0, 0)}
 
 

@@ -24,7 +24,7 @@ from hess_plugin.settings import ALLOCATIONS, Settings
 from hess_plugin.sites import PROJECTIONS
 from hess_plugin.student import t_quantile
 from hess_plugin.verdict_records import from_dict, to_dict
-from hess_plugin.verification import ARMS, METRICS, MIN_SCENES, MOST_SCENES, OUTCOMES, TESTED, Difference, Verification
+from hess_plugin.verification import METRICS, MIN_SCENES, MOST_SCENES, OUTCOMES, TESTED, Difference, Verification
 from hess_plugin.verified_profiles import (
     find_verification,
     record_verification,
@@ -34,6 +34,7 @@ from hess_plugin.verified_profiles import (
 )
 
 OWN = Scoring(0.5)
+ARMS = ("dense", "uniform", "hess")
 NOTHING: list[float] = []
 
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from hess_plugin.evaluation.statistics import Summary
     from hess_plugin.profiles import Profile
     from hess_plugin.scoring import Scoring
+    from hess_plugin.settings import Settings
+
+_BLOCKS = ("block_q", "block_k", "memory")
 
 
 @click.command(short_help="Measure cameras and points, unpatched and patched.")
@@ -53,7 +56,8 @@ if TYPE_CHECKING:
     "arms",
     multiple=True,
     metavar="ALLOCATION",
-    help="uniform, equal, hess, harm, reverse, uncapped or random, several allowed; uniform, with a profile also hess.",
+    help="uniform, equal, hess, harm, reverse, uncapped or random, several allowed; uniform by default, with a profile "
+    "also hess, and harm where its preset goes by it.",
 )
 @attention_options
 @metric_options
@@ -62,13 +66,14 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
     """Measure cameras and points, unpatched and patched, on scenes with ground truth."""
     if output is not None:
         check_writable(output, ".csv")
+    from hess_plugin.block_choice import choice_facts, choice_text
     from hess_plugin.evaluation.comparison import compare
     from hess_plugin.evaluation.statistics import failed_lines, summarise
     from hess_plugin.machine import describe_machine
 
     scoring = scoring_of(options)
     score = _profile(profile, scoring)
-    metrics, arms = metrics_of(options), _arms(options, score)
+    metrics, (arms, chosen) = metrics_of(options), _arms(options, score)
     loaded, found, manager = model_and_scenes(model, weights, options)
     done, total = iter(range(len(found) * len(arms))), len(found) * len(arms)
     with progress_bars() as note:
@@ -87,9 +92,11 @@ def evaluate(model: str, weights: str | None, profile: Path | None, output: Path
         )
     made = scoring if score is None else scoring.resolved(score)
     click.echo("\n".join([_text(summarise(rows), metrics), *failed_lines(rows)]))
-    click.echo(f"{len(found)} scenes; {'' if score is None else f'score: {made}; '}{describe_machine()}.")
+    said = [f"{len(found)} scenes", *([] if score is None else [f"score: {made}"]), choice_text(chosen)]
+    click.echo(f"{'; '.join([*said, describe_machine()])}.")
     if output is not None:
-        facts = {"model": model, "weights": weights or "shipped", **data_facts(options), **_blocks(options)}
+        facts = {"model": model, "weights": weights or "shipped", **data_facts(options)}
+        facts |= {**{name: options[name] for name in _BLOCKS}, **choice_facts(chosen)}
         _write(output, rows, {**facts, "profile": profile, **asdict(made), **metric_facts(options)})
     if weights == "random":
         warn_random()
@@ -112,7 +119,7 @@ def _profile(path: Path | None, scoring: Scoring) -> Profile | None:
 
 
 def _blocks(options: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: options[name] for name in ("block_q", "block_k", "memory")}, **selection_of(options)}
+    return {**{name: options[name] for name in _BLOCKS}, **selection_of(options)}
 
 
 def _write(output: Path, rows: list[Measurement], facts: dict[str, Any]) -> None:
@@ -139,11 +146,11 @@ def _text(summaries: list[Summary], metrics: MetricSettings) -> str:
     return f"{text}\n\n{clouds}\n\n{describe_clouds(metrics)} Alignment that was possible: {done}."
 
 
-def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
-    """The dense model, then every arm at every amount."""
+def _arms(options: dict[str, Any], profile: Profile | None) -> tuple[list[Arm], Settings]:
+    """The dense model, then every arm at every amount; and the settings that all of them share."""
     from hess_plugin.evaluation.arms import Arm, Row
     from hess_plugin.harm_curves import model_curves
-    from hess_plugin.settings import Settings
+    from hess_plugin.settings import make_settings
 
     rule = {name: options[name] for name in ("sparse_ratio", "cdf_threshold")}
     if any(value is not None for value in rule.values()):
@@ -152,13 +159,28 @@ def _arms(options: dict[str, Any], profile: Profile | None) -> list[Arm]:
         rows = [Row(**rule)]
     else:
         rows = [Row(sparsity) for sparsity in options["sparsity"] or (0.73,) if sparsity != 0.0]
-    names = options["arms"] or (("uniform",) if profile is None else ("uniform", "hess"))
+    blocks = _blocks(options)
+    chosen = make_settings(profile=profile, **blocks)
+    names = options["arms"] or _default_arms(profile, options, [asdict(row) for row in rows])
     for row, name in itertools.product(rows, names):  # what a patch would refuse
-        Settings(row.sparsity, row.sparse_ratio, row.cdf_threshold, name)
+        make_settings(profile=profile, **asdict(row), allocation=name, **blocks)
     guided = [name for name in names if Arm(name, 0.5, name).guided]
     if profile is None and guided:
         raise click.UsageError(f"--arm {guided[0]} divides budgets by a profile and none was given; add --profile.")
     if profile is not None and "harm" in names:
         model_curves(profile, options["camera_weight"])  # what is not there is told before a large model is read
     wanted = [Arm(name, allocation=name).at(row) for row in rows for name in names]
-    return list(dict.fromkeys([Arm("dense"), *wanted]))
+    return list(dict.fromkeys([Arm("dense"), *wanted])), chosen
+
+
+def _default_arms(profile: Profile | None, options: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Uniform budgets and those by score; those by harm where a patch would take them."""
+    from hess_plugin.harm_curves import has_curves
+    from hess_plugin.settings import make_settings
+
+    if profile is None:
+        return ("uniform",)
+    weight = options["camera_weight"]
+    weighed = profile if weight is None else profile.with_camera_weight(weight)
+    taken = {make_settings(profile=profile, **row, **_blocks(options)).allocation for row in rows}
+    return ("uniform", "hess", *(["harm"] if "harm" in taken and has_curves(weighed) else []))

@@ -89,10 +89,7 @@ def run(command: tuple[str, ...], report: Path | None, shell: bool, **options: A
     from hess_plugin.registration.files import name_files
 
     wanted = options_in_environment() | wanted  # a variable gives what the command leaves open
-    if "backend" in wanted:
-        from hess_plugin.auto.beginning import check_options
-
-        check_options({"backend": wanted["backend"]}, None)
+    _check(wanted)
     name_files(())  # paths that the program finds from any folder
     if report is not None:
         check_writable(report, ".json")
@@ -137,13 +134,23 @@ def _patch_arguments(options: dict[str, Any]) -> dict[str, Any]:
         if needy:
             raise click.UsageError(f"{needy[0]} needs a profile and none was given; add --profile.")
         return wanted
+    return wanted | {"profile": str(profile.absolute())}
+
+
+def _check(wanted: dict[str, Any]) -> None:
+    """Refuse what every process of the program would refuse, before it runs for an hour."""
+    if not wanted.keys() & {"profile", "backend", "pool_q", "pool_k"}:
+        return  # click has looked at the others, and reading torch takes its time
+    from hess_plugin.auto.beginning import check_options
     from hess_plugin.harm_curves import model_curves
     from hess_plugin.profiles import Profile
 
-    loaded = Profile.load(profile)  # a wrong file is told before a program runs for an hour
-    if wanted.get("allocation") == "harm":
-        model_curves(loaded, wanted.get("camera_weight"))
-    return wanted | {"profile": str(profile.absolute())}
+    options = dict(wanted)
+    profile = options.pop("profile", None)
+    loaded = Profile.load(profile) if isinstance(profile, str) else profile
+    check_options(options, loaded)
+    if loaded is not None and options.get("allocation") == "harm":
+        model_curves(loaded, options.get("camera_weight"))
 
 
 def _resolved(command: tuple[str, ...]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hess_plugin.evaluation.metrics import MetricSettings
     from hess_plugin.evaluation.sweep import Cell
     from hess_plugin.profiles import Profile
+    from hess_plugin.settings import Settings
 
 _SPARSITIES = (0.35, 0.55, 0.73, 0.85)
 _ARMS = ("uniform", "equal", "hess", "reverse", "uncapped", "random")
@@ -104,6 +105,7 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
     Every cell has a standard error over scenes and a difference to uniform budgets, paired by scene. What is measured
     is kept; after a kill the same command goes on. `hess-patch report FOLDER` makes a page of it.
     """
+    from hess_plugin.block_choice import choice_facts, choice_text
     from hess_plugin.evaluation.comparison import Runner
     from hess_plugin.evaluation.protocol import describe_cameras, describe_clouds
     from hess_plugin.evaluation.statistics import failed_lines, summarise
@@ -113,10 +115,11 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
 
     score = Profile.load(profile)
     amounts, arms, metrics = _rows(options), _arms(options, score), metrics_of(options)
-    _check_rows(amounts, arms, options["tolerance"])
+    blocks = {**{name: options[name] for name in ("block_q", "block_k")}, **selection_of(options)}
+    chosen = _check_rows(amounts, arms, options["tolerance"], score, blocks)
     loaded, found, manager = model_and_scenes(model, weights, options)
-    blocks = {**{name: options[name] for name in ("block_q", "block_k")}, **_selection(score, options)}
-    plan = _plan(loaded, score, amounts, arms, options) | {"model": model, "weights": weights or "shipped", **blocks}
+    plan = _plan(loaded, score, amounts, arms, options) | {"model": model, "weights": weights or "shipped"}
+    plan |= {**{name: options[name] for name in ("block_q", "block_k")}, **choice_facts(chosen)}
     plan |= {"adapter": adapter_of(loaded, options, manager).name, "scenes": found.names}
     _check_scene(found[0], metrics)
     folder = _start(output, plan, score)
@@ -138,19 +141,11 @@ def sweep(model: str, weights: str | None, profile: Path, output: Path, **option
         _picture(runner, found, cells, metrics, output)
     rows = [m for cell in cells for m in cell.measurements]
     click.echo("\n".join([comparison_table(summarise(rows)), *failed_lines(rows)]))
-    click.echo(f"\n{describe_cameras(metrics)}\n{describe_clouds(metrics)}")
+    click.echo(f"\n{describe_cameras(metrics)}\n{describe_clouds(metrics)}\nAll arms: {choice_text(chosen)}.")
     _tell_unmatched(cells, options["tolerance"])
     click.echo(f"\nwrote {output}; hess-patch report {output} makes a page of it")
     if weights == "random":
         warn_random()
-
-
-def _selection(profile: Profile, options: dict[str, Any]) -> dict[str, Any]:
-    """How blocks are chosen, where it is not as published: as given, by the preset of the profile otherwise."""
-    from hess_plugin.presets import DEFAULT, preset_name
-
-    recorded = preset_name(profile)
-    return {**({} if recorded == DEFAULT else {"preset": recorded}), **selection_of(options)}
 
 
 def _rows(options: dict[str, Any]) -> list[Row]:
@@ -164,10 +159,10 @@ def _rows(options: dict[str, Any]) -> list[Row]:
 
 def _arms(options: dict[str, Any], profile: Profile) -> list[Arm]:
     from hess_plugin.evaluation.ablations import ablations, all_ablations, named_arms
-    from hess_plugin.harm_curves import model_curves
+    from hess_plugin.harm_curves import has_curves, model_curves
 
     # The others are matched to uniform: it is there whether asked for or not.
-    arms = named_arms(("uniform", *(options["arms"] or (*_ARMS, *(["harm"] if profile.has_harm else [])))))
+    arms = named_arms(("uniform", *(options["arms"] or (*_ARMS, *(["harm"] if has_curves(profile) else [])))))
     if any(arm.allocation == "harm" for arm in arms):
         model_curves(profile)  # what is not there is told before a large model is read
     arms += ablations(
@@ -182,16 +177,19 @@ def _arms(options: dict[str, Any], profile: Profile) -> list[Arm]:
     return list({arm.name: arm for arm in arms}.values())
 
 
-def _check_rows(rows: Sequence[Row], arms: Sequence[Arm], tolerance: float) -> None:
-    """Refuse an amount out of range before a large model is read."""
-    from hess_plugin.settings import Settings
+def _check_rows(
+    rows: Sequence[Row], arms: Sequence[Arm], tolerance: float, profile: Profile, blocks: dict[str, Any]
+) -> Settings:
+    """Refuse an amount or blocks out of range before a large model is read; the settings that all arms share."""
+    from hess_plugin.settings import make_settings
 
     if tolerance != tolerance:  # click's range lets NaN through, which nothing would ever match
         raise click.UsageError("--tolerance nan was given, wanted a difference of sparsities like 0.005.")
     for row in rows:
         if row.sparsity == 0.0:
             raise click.UsageError("sparsity 0 is the dense model, which is always measured; leave it out.")
-        Settings(row.sparsity, row.sparse_ratio, row.cdf_threshold, arms[0].allocation)
+        made = make_settings(profile=profile, **asdict(row), allocation=arms[0].allocation, **blocks)
+    return made
 
 
 def _check_scene(scene: Any, metrics: MetricSettings) -> None:

@@ -55,6 +55,7 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
     From then on `hess_plugin.patch` takes uniform budgets, and says so, where the profile was shown to be worse.
     Scenes that the profile was calibrated on are left out. Give 20 scenes or more: differences are small.
     """
+    from hess_plugin.block_choice import choice_text
     from hess_plugin.evaluation.protocol import ALIGNMENT_WORDS
     from hess_plugin.evaluation.statistics import summarise
     from hess_plugin.evaluation.tables import comparison_table
@@ -103,8 +104,8 @@ def verify(model: str, weights: str | None, profile: Path, no_record: bool, stri
     click.echo(
         f"\nscenes: {len(held_out)} held out; mean ± standard error; AUC in points; ATE after "
         f"{ALIGNMENT_WORDS['cameras']}, point error after {ALIGNMENT_WORDS['pixels']}; score: "
-        f"{scoring.resolved(loaded)}; budgets by {'harm' if settings.allocation == 'harm' else 'score'}; blocks "
-        f"{settings.block_q} x {settings.block_k} chosen by {settings.selection}; {describe_machine()}."
+        f"{scoring.resolved(loaded)}; budgets by {'harm' if settings.allocation == 'harm' else 'score'}; "
+        f"{choice_text(settings)}; {describe_machine()}."
     )
     for verification in found.verifications:
         click.echo(f"verdict: {verification.text}")

@@ -24,7 +24,7 @@ from hess_plugin.profiles import Profile, weights_fingerprint
 from hess_plugin.scenes.image_set import require_truth
 from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import Scoring, head_scores
-from hess_plugin.settings import Settings
+from hess_plugin.settings import Settings, make_settings
 
 from .arms import Arm, scene_seed
 from .metrics import MetricSettings, PredictionScores, measure_prediction, scores_without_alignment
@@ -33,6 +33,7 @@ from .timing import finish
 
 _log = logging.getLogger(__name__)
 SCORE_OPTIONS = tuple(field.name for field in fields(Scoring))
+_SETTINGS = {"preset", *Settings.__dataclass_fields__}
 Pruner = Callable[[nn.Module, str, float], AbstractContextManager[Any]]
 """Called as ``pruner(model, method, sparsity)``; gives a handle with ``report()`` while whole heads are pruned."""
 
@@ -79,7 +80,8 @@ class Runner:
         """Refuse arms that could not run, before the first forward of the others.
 
         Raises:
-            PatchError: an amount or allocation out of range, a missing profile or pruner, or an arm given twice.
+            PatchError: an amount, allocation or option out of range, a missing profile or pruner, or an arm given
+                twice.
             ProfileError: a score that the profile cannot make, or a profile of another model.
         """
         if len({(arm.name, arm.label) for arm in arms}) < len(arms):
@@ -88,7 +90,7 @@ class Runner:
             if arm.pruning is not None and self._pruner is None:
                 raise PatchError(f"arm {arm.name!r} prunes heads, which needs gate gradients, and none were given.")
             if not arm.dense and arm.pruning is None:
-                Settings(arm.sparsity, arm.sparse_ratio, arm.cdf_threshold, arm.allocation)
+                self._check_settings(arm)
             if arm.guided:
                 self._check_score(arm)
         if self.profile is None and self.scoring != Scoring():
@@ -99,6 +101,11 @@ class Runner:
             assert self.profile is not None
             sites = self.adapter.sites(self.model)
             self.profile.check(sites, weights_fingerprint(sites) if self._strict else None)
+
+    def _check_settings(self, arm: Arm) -> None:
+        """Refuse what a patch would refuse only after the arms before it were measured."""
+        options = {name: value for name, value in self._options.items() if name in _SETTINGS}
+        make_settings(profile=self.profile, **asdict(arm.row), allocation=arm.allocation, **options)
 
     def _check_score(self, arm: Arm) -> None:
         if self.profile is None:

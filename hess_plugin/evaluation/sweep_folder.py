@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from hess_plugin.block_choice import with_choice
 from hess_plugin.exceptions import SceneError
 from hess_plugin.files import write_bytes
 
@@ -55,8 +56,9 @@ class SweepFolder:
         return folder
 
     def _check_same(self, other: SweepFolder) -> None:
-        for key in (*self.plan, *(key for key in other.plan if key not in self.plan)):
-            mine, theirs = self.plan.get(key), other.plan.get(key)
+        plan, held = with_choice(self.plan), with_choice(other.plan)
+        for key in (*plan, *(key for key in held if key not in plan)):
+            mine, theirs = plan.get(key), held.get(key)
             if mine != theirs:
                 was, now = _first_difference(theirs, mine)
                 raise SceneError(

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from hess_plugin.block_choice import with_choice
 from hess_plugin.profiles import Profile
 
 from .cloud_picture import POINTS, Clouds
@@ -19,7 +20,9 @@ _RECORDED = ("model", "weights", "data", "views", "seed", "resolution", "framing
 _PLANNED = {
     "model": "model", "weights": "weights", "data": "data", "views": "views of a scene", "seed": "seed",
     "resolution": "resolution", "framing": "framing", "block_q": "patch queries in a block",
-    "block_k": "patch keys in a block", "tolerance": "tolerance of sparsity",
+    "block_k": "patch keys in a block", "selector": "selector",
+    "pool_q": "patch queries pooled together", "pool_k": "patch keys pooled together", "block_order": "block order",
+    "tolerance": "tolerance of sparsity",
     "calibration_data": "scenes for pruning", "model_digest": "digest of the model", "profile": "digest of the traces",
 }  # fmt: skip
 
@@ -29,7 +32,7 @@ _FIRST = ("model", "weights", "data", "scenes", "views of a scene", "date", "mac
 
 def facts(results: SweepResults) -> tuple[dict[str, str], dict[str, str]]:
     """What was measured, on what and when: what a reader wants first, and the rest."""
-    plan, about = results.folder.plan, results.folder.about
+    plan, about = with_choice(results.folder.plan), results.folder.about
     found = {"scenes": str(results.scenes)}
     found |= {said: str(plan[key]) for key, said in _PLANNED.items() if plan.get(key) not in (None, "")}
     found.setdefault("views of a scene", "all")

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hess_plugin.block_choice import choice_text, measured_choice
 from hess_plugin.exceptions import ProfileError
 from hess_plugin.harm_curves import model_curves
+from hess_plugin.presets import PRESETS, preset_name
 from hess_plugin.recorded_break_evens import break_evens
 from hess_plugin.scoring import ERROR_NAMES, Scoring, error_shares, head_scores
+from hess_plugin.settings import DEFAULT_SPARSITY
 from hess_plugin.stability import DRAWS, Bootstrap, Halves, bootstrap, split_half
 from hess_plugin.verdict import judge
 from hess_plugin.verified_profiles import verified_lines
@@ -148,12 +151,25 @@ def _provenance(profile: Profile) -> list[str]:
         f"weights fingerprint {profile.fingerprint}",
     ]
     for key, value in sorted(profile.metadata.items()):
-        if key not in ("measured", "verdicts", "break_even") and value not in (None, "", {}, []):
+        if key not in ("measured", "verdicts", "break_even", "preset", "harm") and value not in (None, "", {}, []):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"{key}: {text}")
+    lines.append(_preset_line(profile))
     for name, facts in profile.metadata.get("measured", {}).items():
         lines.append(f"scene {name}: " + "; ".join(f"{k} {_short(v)}" for k, v in facts.items()))
     return lines
+
+
+def _preset_line(profile: Profile) -> str:
+    """Tell how a patch with this profile chooses blocks and divides budgets, if it names no other preset."""
+    name = preset_name(profile)
+    if name not in PRESETS:
+        return f"preset: {name}, which this version does not know; upgrade hess-plugin, or name another at every patch."
+    preset = PRESETS[name]
+    parts = [f"{side} blocks in {n} parts" for side, n in (("query", preset.parts_q), ("key", preset.parts_k)) if n > 1]
+    budgets = "harm" if preset.allocation(profile, DEFAULT_SPARSITY) == "harm" else "score"
+    order = [] if preset.block_order == "raster" else [f"{preset.block_order} order"]
+    return f"preset: {name} (blocks chosen by {', '.join([preset.selector, *parts, *order])}; budgets by {budgets})"
 
 
 def _head_lines(
@@ -194,9 +210,11 @@ def _harm_line(profile: Profile, scoring: Scoring) -> str:
         shares, curves = model_curves(profile, scoring.camera_weight)
     except ProfileError as error:
         return f"harm: {error}"
+    measured = measured_choice(profile)
+    blocks = "blocks (the profile does not tell which)" if measured is None else choice_text(measured)
     parts = curves.sum((1, 2)) / curves.sum()
     return (
-        f"harm: of what leaving out blocks does, keeping {shares[0]:.3f} to {shares[-1]:.3f} of the pairs, the layers "
+        f"harm: of what leaving out {blocks} does, keeping {shares[0]:.3f} to {shares[-1]:.3f} of the pairs, the layers "
         f"have {', '.join(f'{part:.0%}' for part in parts.tolist())}."
     )
 
