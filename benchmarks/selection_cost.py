@@ -32,7 +32,7 @@ BLOCK_Q, BLOCK_K, WIDTH = 128, 64, 64
 PATCHES, SPECIAL = 1369, 5  # tokens of a view of 518 pixels
 MIB = 2**20
 SIZES = ("20x4", "50x2", "100x1")
-POOLINGS = ("128.64", "64.64", "64.32", "32.64", "32.32")
+POOLINGS = ("128.64", "64.64", "64.32", "32.64", "32.32", "32.16")
 
 
 def main() -> None:

@@ -114,10 +114,11 @@ def patch(
         rows: ``all``, or ``patch`` for the gradient through patch tokens' rows alone, if the profile recorded it.
         seed: of the ``random`` allocation.
         strict: refuse a profile that was calibrated on other weights.
-        verdict: what to do where `hess-patch verify` recorded in the profile, for this score and about this sparsity,
-            that its budgets, by the same allocation, are worse than uniform ones on held-out scenes: ``follow`` warns and takes uniform budgets
-            (and warns of a profile that helps in one metric and harms in another, but uses it), ``refuse`` raises
-            instead, ``ignore`` uses the profile. A profile that was not verified is used without a word.
+        verdict: what to do where `hess-patch verify` recorded in the profile, for this allocation, this score and about
+            this sparsity, that its budgets are worse than uniform ones on held-out scenes: ``follow`` warns and takes
+            uniform budgets (and warns of a profile that helps in one metric and harms in another, but uses it),
+            ``refuse`` raises instead, ``ignore`` uses the profile. A profile that was not verified is used without a
+            word.
         dense_below: patch tokens of a forward, of all views together, below which every site takes the dense path.
             None takes what `hess-patch bench` recorded in the profile for the machine and device that the model runs
             on, backend, block sizes and about this sparsity, or no limit where nothing was; 0 never takes the dense

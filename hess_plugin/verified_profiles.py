@@ -173,9 +173,7 @@ def _line(profile: Profile, record: object) -> str:
 
 def _current(profile: Profile, found: Verification) -> bool:
     """Whether a verdict is about the traces that the profile has, and about its harm curves if it is about curves."""
-    return found.traces == traces_digest(profile) and (
-        found.harm is None or found.harm == harm_digest(profile)
-    )
+    return found.traces == traces_digest(profile) and (found.harm is None or found.harm == harm_digest(profile))
 
 
 def _what_counts(allocation: str, scoring: Scoring) -> Scoring:

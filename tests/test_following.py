@@ -20,7 +20,7 @@ from hess_plugin.scenes.scene import Scene
 from hess_plugin.scoring import ERROR_NAMES, Scoring
 from hess_plugin.sites import PROJECTIONS
 from hess_plugin.verification import METRICS, Difference, Verification
-from hess_plugin.verified_profiles import record_verification, traces_digest
+from hess_plugin.verified_profiles import harm_digest, record_verification, traces_digest
 
 BLOCKS: dict[str, Any] = {"block_q": 8, "block_k": 8}
 ARMS = ("dense", "uniform", "hess")
@@ -157,6 +157,36 @@ def test_verdicts_of_another_score_sparsity_traces_or_allocation_are_passed_over
         assert report.allocation == allocation and "stepped_aside" not in report.settings
     with pytest.warns(UserWarning, match=r"at sparsity 0\.6 .*verified with blocks of 8 x 8"):
         assert run(tiny_model, room.images, profile=harmed, sparsity=0.7, block_q=16)[1].allocation == "uniform"
+
+
+def test_a_verdict_on_blocks_chosen_otherwise_says_so(tiny_model: TinyVGGT, room: Scene, profile: Profile) -> None:
+    harmed = verified(profile, "harms")
+    with pytest.warns(UserWarning, match=r"\(verified with blocks of 8 x 8 chosen by mass, not restore by 4 x 8\)"):
+        report = run(tiny_model, room.images, profile=harmed, preset="balanced")[1]
+    assert report.allocation == "uniform" and report.settings["selector"] == "restore"
+    both = verified(harmed, "helps", selection="restore by 4 x 8")
+    assert quiet(tiny_model, room.images, profile=both, preset="balanced")[1].allocation == "hess"
+
+
+def test_a_patch_by_harm_follows_the_verdict_on_harm(tiny_model: TinyVGGT, room: Scene, profile: Profile) -> None:
+    curves = torch.linspace(1.0, 0.1, 3).double().expand(1, len(profile.sites), 4, 3)
+    shares = torch.tensor([[0.1, 0.3, 0.7]]).double()
+    profile = dataclasses.replace(profile, harm={"camera": curves, "points": curves, "shares": shares})
+    arms: dict[str, Any] = {
+        "allocation": "harm",
+        "measured": {"uniform": 0.6, "harm": 0.6},
+        "means": {arm: dict.fromkeys(METRICS, 0.5) for arm in ("dense", "uniform", "harm")},
+    }
+    score = verified(profile, "harms")
+    assert quiet(tiny_model, room.images, profile=score, allocation="harm")[1].allocation == "harm"
+    harm = verified(profile, "harms", harm=harm_digest(profile), **arms)
+    assert quiet(tiny_model, room.images, profile=harm)[1].allocation == "hess"
+    with pytest.warns(UserWarning, match="Budgets are uniform, because this profile harms"):
+        assert run(tiny_model, room.images, profile=harm, allocation="harm")[1].allocation == "uniform"
+    with pytest.raises(ProfileError, match="this profile harms"):
+        run(tiny_model, room.images, profile=harm, allocation="harm", verdict="refuse")
+    other = dataclasses.replace(harm, harm={**harm.harm, "shares": shares / 2})
+    assert quiet(tiny_model, room.images, profile=other, allocation="harm")[1].allocation == "harm"
 
 
 def test_a_verdict_is_about_the_weights_it_was_measured_on(tiny_model: TinyVGGT, room: Scene, profile: Profile) -> None:

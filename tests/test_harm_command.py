@@ -56,10 +56,11 @@ def test_the_command_measures_what_the_function_does(profile: Path) -> None:
         wanted_curves = torch.stack([by_scene[scene] for scene in found.scenes])
         torch.testing.assert_close(found.harm[name], wanted_curves, rtol=1e-2, atol=0.0)
     shown = hess_patch("show", profile, "--heads", 1)
-    assert shown.exit_code == 0 and "harm: block_k 8, block_order raster, block_q 8, minimum 2" in shown.stdout
+    assert shown.exit_code == 0 and "\npreset: hess (blocks chosen by mass; budgets by score)\n" in shown.stdout
     assert "harm measured keeping 2 to " in shown.stdout
     parts = re.search(
-        r"\nharm: of what leaving out blocks does, keeping 0\.111 to 0\.778 .* have (.*)%\.\n", shown.stdout
+        r"\nharm: of what leaving out blocks of 8 x 8 chosen by mass does, keeping 0\.111 to 0\.778 .* have (.*)%\.\n",
+        shown.stdout,
     )
     assert parts is not None and 97 <= sum(int(part) for part in parts[1].split("%, ")) <= 103
     compared = hess_patch("compare", profile, profile)
@@ -128,7 +129,7 @@ def test_a_sweep_of_a_profile_with_curves_has_the_arm_by_default(profile: Path, 
     [
         ((*CALIBRATE, "-o", "a.hess", "--block-q", "8"), "--block-q says how harm is measured; add --harm."),
         ((*CALIBRATE, "-o", "a.hess", "--selector", "mass"), "--selector says how harm is measured; add --harm."),
-        ((*CALIBRATE, "-o", "a.hess", "--harm", "--selector", "best"), "harm settings: selector is 'best', wanted one"),
+        ((*CALIBRATE, "-o", "a.hess", "--harm", "--selector", "best"), "'best' is not one of 'mass', 'drift'"),
         (("evaluate", *MEASURE, "--profile", "{without}", "--arm", "harm"), "calibrate again with --harm"),
         (("sweep", *MEASURE, "--profile", "{without}", "--arm", "harm", "-o", "s"), "calibrate again with --harm"),
         (("run", "--profile", "{without}", "--allocation", "harm", "--", "true"), "calibrate again with --harm"),

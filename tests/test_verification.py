@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from hess_plugin.verdict_records import from_dict, to_dict
 from hess_plugin.verification import METRICS, MIN_SCENES, MOST_SCENES, OUTCOMES, TESTED, Difference, Verification
 from hess_plugin.verified_profiles import (
     find_verification,
+    harm_digest,
     record_verification,
     traces_digest,
     verified_lines,
@@ -249,6 +251,30 @@ def test_a_damaged_field_is_named(changes: dict[str, Any], word: str) -> None:
         from_dict(left_out)
 
 
+def test_records_of_the_first_versions_are_about_budgets_by_score_and_mass() -> None:
+    older = {name: value for name, value in RECORD.items() if name not in ("allocation", "selection", "harm")}
+    found = from_dict(older)
+    assert (found.allocation, found.selection, found.harm) == ("hess", "mass", None) and to_dict(found) == RECORD
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"allocation": "reverse"}, "allocation"),
+        ({"allocation": None}, "allocation"),
+        ({"allocation": "harm", "harm": "d" * 16}, "measured"),  # of arm hess
+        ({"selection": ""}, "selection"),
+        ({"selection": ["mass"]}, "selection"),
+        ({"harm": "d" * 16}, "harm"),  # of budgets by score
+        ({"harm": ""}, "harm"),
+        ({"harm": 7}, "harm"),
+    ],
+)
+def test_what_was_compared_is_checked(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(ProfileError, match=rf"\((numbers: a verification with )?{word}"):
+        from_dict({**RECORD, **changes})
+
+
 def test_the_outcome_follows_from_the_numbers() -> None:
     """A rule that changes later must not make verdicts of today unreadable, and a forged outcome is no verdict."""
     assert from_dict({**RECORD, "outcome": "harms"}).outcome == RECORD["outcome"] == "helps"
@@ -328,6 +354,44 @@ def test_writing_keeps_what_was_written_meanwhile_and_follows_a_link(tmp_path: P
     assert (tmp_path / "a.hess").read_bytes() == before
 
 
+def with_harm(profile: Profile, **changes: Any) -> Profile:
+    """The profile with harm curves."""
+    curves = torch.linspace(1.0, 0.1, 4).double().expand(2, 3, 8, 4)
+    shares = torch.tensor([0.1, 0.2, 0.4, 0.7]).double().expand(2, 4)
+    harm = {"camera": curves, "points": curves, "shares": shares} | changes
+    return dataclasses.replace(profile, harm=harm)
+
+
+def by_harm(profile: Profile, auc30: list[float] = WORSE, **changes: Any) -> Verification:
+    """A verification of budgets by the profile's curves."""
+    arms: dict[str, Any] = {
+        "measured": {"uniform": 0.73, "harm": 0.73},
+        "means": {arm: dict.fromkeys(METRICS, 0.5) for arm in ("dense", "uniform", "harm")},
+    }
+    return verification_of(auc30, UNSURE, allocation="harm", harm=harm_digest(profile), **(arms | changes))
+
+
+def test_a_verdict_on_harm_is_about_the_curves_it_was_measured_with() -> None:
+    profile = with_harm(profile_of())
+    profile = recorded(profile, verification_of(BETTER, UNSURE), by_harm(profile))
+    assert outcomes(profile) == [(0.73, "helps"), (0.73, "harms")]
+    harm = settings_of(allocation="harm")
+    found = find_verification(profile, harm, OWN)
+    assert found is not None and (found.outcome, from_dict(json.loads(json.dumps(to_dict(found))))) == ("harms", found)
+    score = find_verification(profile, settings_of(), OWN)
+    assert score is not None and score.outcome == "helps"
+    # Harm follows the camera weight of a score alone.
+    assert find_verification(profile, harm, Scoring(0.5, "k")) == found
+    assert find_verification(profile, harm, Scoring(0.4)) is None
+    assert "chosen by mass; budgets by harm: " in verified_lines(profile)[1]
+    other = with_harm(profile, shares=profile.harm["shares"] / 2)
+    assert find_verification(other, harm, OWN) is None and find_verification(other, settings_of(), OWN) == score
+    assert verified_lines(other)[1].startswith("verified: for other harm curves than these")
+    with pytest.raises(ProfileError, match="other harm curves were verified"):
+        record_verification(other, found)
+    assert outcomes(recorded(other, by_harm(other, BETTER))) == [(0.73, "helps"), (0.73, "helps")]
+
+
 def test_verdicts_are_told_in_lines() -> None:
     assert verified_lines(profile_of()) == [
         "verified: no; `hess-patch verify` measures on held-out scenes whether it beats uniform budgets."
@@ -353,28 +417,37 @@ def settings_of(sparsity: float = 0.73, **changes: Any) -> Settings:
 
 
 SPARSITIES = st.integers(1, 19).map(lambda n: n / 20)
-STORED = st.lists(st.tuples(SPARSITIES, st.sampled_from([8, 64]), st.sampled_from([0.5, 1.0])), max_size=6, unique=True)
+SELECTORS = st.sampled_from(["mass", "restore"])
+STORED = st.lists(
+    st.tuples(SPARSITIES, st.sampled_from([8, 64]), st.sampled_from([0.5, 1.0]), SELECTORS), max_size=6, unique=True
+)
 
 
 @settings(max_examples=80, deadline=None)
-@given(STORED, SPARSITIES, st.sampled_from([8, 64]), st.sampled_from([None, 0.5, 1.0]))
+@given(STORED, SPARSITIES, st.sampled_from([8, 64]), st.sampled_from([None, 0.5, 1.0]), SELECTORS)
 def test_the_verdict_that_applies_equals_a_search(
-    stored: list[tuple[float, int, float]], asked: float, block: int, weight: float | None
+    stored: list[tuple[float, int, float, str]], asked: float, block: int, weight: float | None, selector: str
 ) -> None:
     profile = recorded(
         profile_of(),
-        *(verification_of(BETTER, UNSURE, sparsity=s, block_q=b, block_k=b, scoring=Scoring(w)) for s, b, w in stored),
+        *(
+            verification_of(BETTER, UNSURE, sparsity=s, block_q=b, block_k=b, scoring=Scoring(w), selection=chosen)
+            for s, b, w, chosen in stored
+        ),
     )
-    found = find_verification(profile, settings_of(asked, block_q=block, block_k=block), Scoring(weight))
+    asked_for = settings_of(asked, block_q=block, block_k=block, selector=selector)
+    found = find_verification(profile, asked_for, Scoring(weight))
     twin = None
-    for other in (False, True):  # the patch's own blocks first
+    # The patch's own way to choose blocks first, then its own size of them.
+    for otherwise, other in itertools.product((False, True), repeat=2):
         for steps in range(3):  # of 0.05: as near as 0.1
             for sign in (1, -1):  # the sparser first
                 target = round(20 * asked) + sign * steps
-                for s, b, w in stored:
-                    if twin is None and (b != block) == other and w == (weight or 0.5) and round(20 * s) == target:
-                        twin = (s, b)
-    assert (None if found is None else (found.sparsity, found.block_q)) == twin
+                for s, b, w, chosen in stored:
+                    alike = (chosen != selector, b != block) == (otherwise, other)
+                    if twin is None and alike and w == (weight or 0.5) and round(20 * s) == target:
+                        twin = (s, b, chosen)
+    assert (None if found is None else (found.sparsity, found.block_q, found.selection)) == twin
 
 
 def test_only_budgets_by_score_at_a_plain_sparsity_of_the_same_traces_and_weights_are_judged() -> None:

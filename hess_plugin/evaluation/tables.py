@@ -214,8 +214,8 @@ def _harm_line(profile: Profile, scoring: Scoring) -> str:
     blocks = "blocks (the profile does not tell which)" if measured is None else choice_text(measured)
     parts = curves.sum((1, 2)) / curves.sum()
     return (
-        f"harm: of what leaving out {blocks} does, keeping {shares[0]:.3f} to {shares[-1]:.3f} of the pairs, the layers "
-        f"have {', '.join(f'{part:.0%}' for part in parts.tolist())}."
+        f"harm: of what leaving out {blocks} does, keeping {shares[0]:.3f} to {shares[-1]:.3f} of the pairs, the "
+        f"layers have {', '.join(f'{part:.0%}' for part in parts.tolist())}."
     )
 
 
