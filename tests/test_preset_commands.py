@@ -255,3 +255,14 @@ def test_mistakes_are_told_in_a_sentence(profile: Path) -> None:
     assert result.exit_code == 2 and "'mass', 'drift', 'restore'" in result.stderr
     result = hess_patch(*CALIBRATE, "--preset", "hess", *BLOCKS, "-o", profile)
     assert result.exit_code == 2 and "add --harm" in result.stderr
+
+
+def test_a_report_tells_how_to_calibrate_alike(profile: Path) -> None:
+    from hess_plugin.evaluation.sweep_words import calibration_command
+
+    found = Profile.load(profile)
+    command = calibration_command(found)
+    assert command is not None and "--preset accurate --harm --block-q 8 --block-k 8 --pool-q 2 --pool-k 2" in command
+    plain = {name: value for name, value in found.metadata.items() if name != "harm"}
+    without = calibration_command(dataclasses.replace(found, metadata=plain, harm={}))
+    assert without is not None and "--preset accurate --no-harm" in without

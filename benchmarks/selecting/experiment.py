@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,12 @@ class Experiment:
         if cell.sparsity == 0.0:
             yield None
             return
-        with patch(self.model, **cell.options(self._profile_of(cell), self.sites[0].num_heads, blocks)) as handle:
+        options = cell.options(self._profile_of(cell), self.sites[0].num_heads, blocks)
+        with warnings.catch_warnings():
+            # Curves of one selector under another are a part of the experiment.
+            warnings.filterwarnings("ignore", message="Budgets go by harm", category=UserWarning)
+            handle = patch(self.model, **options)
+        with handle:
             yield handle
 
     def _profile_of(self, cell: Cell) -> Profile | None:

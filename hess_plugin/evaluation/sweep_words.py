@@ -159,7 +159,18 @@ def calibration_command(profile: Profile) -> str | None:
         words += ["--target", str(known["target"])]
     if known.get("camera_weight_source") == "given":
         words += ["--camera-weight", f"{profile.camera_weight:g}"]
-    return shlex.join([*words, "-o", "profile.hess"])
+    words += ["--preset", str(known["preset"])] if "preset" in known else []
+    return shlex.join([*words, *_harm_words(known), "-o", "profile.hess"])
+
+
+def _harm_words(known: Mapping[str, Any]) -> list[str]:
+    """Options that measure harm as the profile has it, or that measure none."""
+    harm = known.get("harm")
+    if not isinstance(harm, Mapping):
+        return ["--no-harm"] if "preset" in known else []
+    given = ("block_q", "block_k", "pool_q", "pool_k", "block_order", "selector")
+    values = [(f"--{name.replace('_', '-')}", str(harm[name])) for name in given if harm.get(name) is not None]
+    return ["--harm", *(word for pair in values for word in pair)]
 
 
 def calibration_facts(profile: Profile) -> dict[str, str]:
