@@ -23,7 +23,7 @@ class _Made:
 class OutputMetric:
     """The metric ``M_h = W_O^h' W_O^h`` of every head of a site (ReSS, arXiv 2609.35593).
 
-    A scale after the projection (LayerScale) is left out: it weighs the channels of all heads alike.
+    An approximation where a scale follows the projection (LayerScale), which is left out.
 
     Args:
         site: whose W_O; where it has none to read, heads' outputs are compared as they are.

@@ -90,9 +90,10 @@ def patch(
             those of the curves (by another selector, in other parts or another order) warns of it; blocks of another
             size alone are fine, as curves are in shares of the pairs.
         preset: settings that go well together, where they are not given: ``hess``, the method as published, or
-            ``balanced`` and ``accurate``, which choose blocks by ``restore``, on halves of query blocks or on quarters
-            of all blocks, and divide budgets by ``harm`` if the profile has its curves. They keep more of the accuracy
-            and take more time to choose. By default the one that the profile was calibrated for, else ``hess``.
+            ``balanced`` and ``accurate``, which choose blocks by ``restore`` (on halves of query blocks in Hilbert
+            order; on quarters of all blocks) and divide budgets by ``harm`` if the profile has its curves. They keep
+            more of the accuracy and take more time to choose. By default the one that the profile was calibrated for,
+            else ``hess``.
         selector: the rule that fills a budget, by pooled queries, keys and values. ``mass`` takes the blocks of most
             attention. ``drift`` takes those whose loss alone would change the output most. ``restore`` starts from
             these and swaps kept blocks for dropped ones as long as the change by all dropped blocks together falls

@@ -22,6 +22,10 @@ from .sub_blocks import by_part, exact_dtype, key_parts, part_scores, probabilit
 LEAST = 1e-4
 """What the share that is kept counts as at least, where drift is divided by it."""
 
+NEARLY_ALL, SURE = 2.0**-8, 1e20
+"""In float32 the drift of a row that loses nearly all that it keeps is a difference of equal numbers: noise that may
+be zero, and would throw out the one block that matters. Such a loss counts as SURE instead, above every drift."""
+
 
 class HeadValues(NamedTuple):
     """Keys and values of some heads, as the chunks of their rows need them.
@@ -89,6 +93,7 @@ class ChunkDrift:
         self._special_share = p[..., patches:].sum(-1, keepdim=True)
         self._blocks = functools.reduce(torch.add, self._parts)
         self._squares = self._squared(head.gram)
+        self._nearly = NEARLY_ALL if self._p.dtype == torch.float32 else 0.0
 
     def _squared(self, gram: Tensor) -> Tensor:
         """|d_j|^2 times the weight of the sub-row, `[h, A * r, T_k]`."""
@@ -103,8 +108,9 @@ class ChunkDrift:
 
     def alone(self) -> Tensor:
         """Squared drift of the output when a block is left out alone, `[h, r, T_k]`."""
-        share = (1 - self._blocks).clamp_(min=LEAST).square_()
-        return self._of_rows(torch.div(self._squares, share, out=share))
+        left = 1 - self._blocks
+        drift = self._squares / left.clamp(min=LEAST).square_()
+        return self._of_rows(torch.where(left < self._nearly, SURE * self._weights, drift))
 
     def state(self, keep: Tensor) -> State:
         """What is left when only some blocks are kept, marked by 1 among 0 in `[h, r, T_k]`."""
@@ -127,8 +133,10 @@ class ChunkDrift:
         moved = self._squares + length
         for p, product in zip(self._parts, ahead.unflatten(-1, self._sub_blocks).unbind(-2), strict=True):
             moved.addcmul_(p, product)
-        share = torch.add(state.kept, self._blocks, alpha=sign).clamp_(min=LEAST).square_()
-        return self._of_rows(moved.div_(share))
+        share = torch.add(state.kept, self._blocks, alpha=sign)
+        lost = share < self._nearly * state.kept
+        moved.div_(share.clamp_(min=LEAST).square_())
+        return self._of_rows(torch.where(lost, SURE * self._weights, moved))
 
     def _of_rows(self, x: Tensor) -> Tensor:
         """Sums over the query sub-blocks of each row: `[h, A * r, n]` -> `[h, r, n]`."""

@@ -55,7 +55,7 @@ def pool_values(
         patches: how many keys are patches.
         block_k: keys of a block.
         pool_k: keys to pool together, a divisor of block_k; None is block_k.
-        root: `[H, d, d]`, root of each head's metric: a change x of the head's output weighs `|x @ root|^2`. None
+        root: `[H, d, r]`, root of each head's metric: a change x of the head's output weighs `|x @ root|^2`. None
             counts every component alike. The metric of what follows an output projection W_O is W_O^h' W_O^h.
 
     Raises:
@@ -69,6 +69,8 @@ def pool_values(
             f"k and v must hold {patches} patches, one at least, and the special tokens after them; got "
             f"{list(k.shape)} and {list(v.shape)}."
         )
+    if root is not None and (root.dim() != 3 or tuple(root.shape[:2]) != (v.shape[1], v.shape[3])):
+        raise SparsityError(f"root must be [H, d, r] of {v.shape[1]} heads of {v.shape[3]}; got {list(root.shape)}.")
     pooled = pool_heads(v[:, :, :patches], block_k, pool_k)
     special_k, special_v = (x[:, :, patches:].flatten(0, 1).float() for x in (k, v))
     if root is None:

@@ -23,7 +23,10 @@ NEVER = 1e30
 """Added to the cost of a swap that cannot be made; no cost of values of size one comes near it."""
 
 CHUNK_ENTRIES = 2**18
-"""Pairs of sub-blocks worked on at once."""
+"""Pairs of sub-blocks worked on at once on a CPU."""
+
+DEVICE_CHUNK_ENTRIES = 2**23
+"""The same on a device, where a chunk costs some 150 launches whatever its size; about 60 bytes each."""
 
 
 @torch.no_grad()
@@ -48,9 +51,10 @@ def restored_rows(
         restore_by_triton(pooled, values, counts, row_ptr, col, rounds)
         return
     starts = row_ptr[:-1].view_as(counts)
+    entries = CHUNK_ENTRIES if pooled.q.device.type == "cpu" else DEVICE_CHUNK_ENTRIES
     prepared: tuple[slice, HeadValues] | None = None
     with without_autocast(pooled.q.device):
-        for heads, rows in pooled.chunks(pooled.chunk_entries or CHUNK_ENTRIES):
+        for heads, rows in pooled.chunks(pooled.chunk_entries or entries):
             if prepared is None or prepared[0] != heads:
                 prepared = heads, head_values(pooled, values, heads)
             drift = ChunkDrift(pooled, prepared[1], heads, rows)

@@ -17,6 +17,8 @@ class MapRows(Protocol):
     def uniform_counts(self, share: float, least: int) -> Tensor:
         """Leading blocks of each row whose cumulative probability stays within `share`, or `least` if that is more.
 
+        Probabilities are those among patch blocks, also where sub-blocks count special keys in.
+
         Returns:
             int64 `[B * H, T_q]`.
         """

@@ -82,6 +82,10 @@ def select(
     """
     if selector not in SELECTORS:
         raise SparsityError(f"There is no selector {selector!r}; choose one of {', '.join(SELECTORS)}.")
+    if patches is not None and not 0 <= patches <= min(q.shape[2], k.shape[2]):
+        raise SparsityError(
+            f"patches is {patches}, wanted at most the {min(q.shape[2], k.shape[2])} tokens of q and k."
+        )
     special = None if patches is None else k[:, :, patches:]
     pooled = pool(
         q[:, :, :patches], k[:, :, :patches], block_q, block_k, scale=scale, pool_q=pool_q, pool_k=pool_k,

@@ -32,12 +32,24 @@ _TRIALS = ((5, 1), (5, 2))
 
 def restores_by_triton(pooled: PooledTokens, rounds: int) -> bool:
     """Whether rows of these tokens are restored by Triton kernels. The first answer for a GPU waits for a trial."""
-    if pooled.parts_q not in _PARTS or pooled.parts_k not in _PARTS or rounds > _MOST_ROUNDS:
-        return False
     device = pooled.q.device
     if not uses_triton(device):
         return False
+    if pooled.parts_q not in _PARTS or pooled.parts_k not in _PARTS or rounds > _MOST_ROUNDS:
+        _tell_parts(pooled.parts_q, pooled.parts_k)
+        return False
     return (device.type == "cuda" and torch.cuda.is_current_stream_capturing()) or _works(device)
+
+
+@functools.cache
+def _tell_parts(parts_q: int, parts_k: int) -> None:
+    """Say once that there are no kernels for so many parts."""
+    _log.warning(
+        "blocks in %d x %d parts are restored without Triton, which is slower; it takes %s of each",
+        parts_q,
+        parts_k,
+        ", ".join(str(parts) for parts in _PARTS),
+    )
 
 
 def restore_by_triton(

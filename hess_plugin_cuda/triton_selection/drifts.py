@@ -15,6 +15,9 @@ from .probabilities import clean, probabilities, products
 LEAST = tl.constexpr(1e-4)
 """What a kept share counts as at least, where something is divided by it."""
 
+NEARLY_ALL, SURE = tl.constexpr(2.0**-8), tl.constexpr(1e20)
+"""See `hess_plugin.sparsity.drift`."""
+
 NONE = tl.constexpr(0x7FFFFFFF)
 """Key of a block that is not to be chosen, above all others."""
 
@@ -142,7 +145,8 @@ def drift_kernel(
         tl.store(to, squares, mask=row_inside[:, None] & (column < stride)[None, :])
     weight = tl.load(WEIGHTS + row, mask=row_inside, other=0.0)
     left = tl.maximum(1.0 - blocks, LEAST)
-    alone = add_rows(weight[:, None] * (squares / (left * left)), ROWS, COLUMNS, PARTS_Q)
+    drift = tl.where(left < NEARLY_ALL, SURE, squares / (left * left))
+    alone = add_rows(weight[:, None] * drift, ROWS, COLUMNS, PARTS_Q)
     # What is no number comes last here too.
     keys = tl.where(alone == alone, WORST - key_of(alone), WORST)
     _store_keys(KEYS, keys, head, rows, stride, ROWS, COLUMNS)
@@ -226,5 +230,8 @@ def change_kernel(
         drift, share = length + (along + squares), tl.maximum(kept - blocks, LEAST)
     else:
         drift, share = length + (squares - along), tl.maximum(kept + blocks, LEAST)
-    drift = add_rows(weight * (drift / (share * share)), ROWS, COLUMNS, PARTS_Q)
+    drift = drift / (share * share)
+    if DROPS:
+        drift = tl.where(kept - blocks < kept * NEARLY_ALL, SURE, drift)
+    drift = add_rows(weight * drift, ROWS, COLUMNS, PARTS_Q)
     _store_keys(KEYS, key_of(drift), head, rows, stride, ROWS, COLUMNS)

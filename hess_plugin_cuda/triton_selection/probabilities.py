@@ -143,6 +143,7 @@ def attend_kernel(
 @triton.jit
 def probabilities(scores, top, inverse):
     """Probabilities of clean scores, by what `attend_kernel` says of their rows."""
-    weights = tl.exp2((scores - top[:, None]) * LOG2_E)
+    # Products of another depth are rounded otherwise: a score may be above the largest by far if all are huge.
+    weights = tl.exp2(tl.minimum(scores - top[:, None], 0.0) * LOG2_E)
     # A row without probabilities has an inverse of 0, which would not silence an infinite weight.
     return tl.where(inverse[:, None] > 0.0, weights * inverse[:, None], 0.0)

@@ -27,7 +27,9 @@ Instructions are those of the machine code for sm_90, times the turns that their
 ever waits, bytes 2.6 ms, products (three of TF32 each) .7 ms; together 3 to 5 ms, or 20 to 35 % of the attention. All
 of it grows with T_q T_k, as attention does at a fixed share of kept blocks: the share is the same at 1000 views. Tiles
 take A F times as long with sub-blocks. `drift` alone, without rounds, takes some .6 ms, or 4 %. Each round looks at
-every block twice, which costs 4 to 6 %: five of them cannot stay below 5 %, one or two come close.
+every block twice, which costs 4 to 6 %: five of them cannot stay below 5 %, one or two come close. Not in the
+table: with sub-blocks the remainder of a budget is spread over rows by torch, which sorts maps in float64 and may take
+longer than all of this.
 """
 
 from __future__ import annotations

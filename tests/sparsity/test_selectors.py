@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hess_plugin.calibration.live_memory import LiveMemory
-from hess_plugin.sparsity import SELECTORS, pool, pool_values, select, spread
+from hess_plugin.sparsity import SELECTORS, SparsityError, pool, pool_values, select, spread
 from hess_plugin.sparsity.ranking import mark_smallest, nth_largest
+from hess_plugin.sparsity.restoration import restored_rows
 from hess_plugin_cuda import BlockLists
 
 BLOCKS: dict[str, Any] = {"block_q": 16, "block_k": 8}
@@ -170,3 +171,37 @@ def test_a_device_is_not_waited_for_and_holds_no_map(name: str, pooling: dict[st
     # Lists, what is known of each row, keys and values of some heads, and a chunk.
     tokens = 4 * (pooled.k.numel() + special.numel()) * 4
     assert memory.peak - before < 4 * lists.kept + tokens + 50 * entries
+
+
+@pytest.mark.parametrize("rounds", [0, 5])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("gap", [8.0, 12.0, 16.0, 20.0])
+def test_a_block_with_nearly_all_the_attention_is_kept(gap: float, parts: int, rounds: int) -> None:
+    # In float32 its drift is a difference of numbers that agree in all their digits.
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, block, width = 12, 40, 4, 16
+    directions = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    k = torch.randn(1, 1, columns * block, width, generator=generator) * 0.01
+    wanted = torch.arange(rows) * 3
+    for row, column in enumerate(wanted.tolist()):
+        k[:, :, column * block : (column + 1) * block] += directions[row]
+    q = (directions[:rows] * gap).repeat_interleave(block, 0)[None, None]
+    v = torch.randn(1, 1, columns * block, width, generator=generator)
+    pooled = pool(q, k, block, block, scale=1.0, pool_q=block // parts, pool_k=block // parts, special=k[:, :, :0])
+    values = pool_values(k, v, columns * block, block, pool_k=block // parts)
+    counts = torch.full((1, rows), 4)
+    row_ptr = torch.arange(rows + 1) * 4
+    col = torch.zeros(rows * 4 + 1, dtype=torch.int32)
+    restored_rows(pooled, values, counts, row_ptr, col, rounds=rounds)
+    kept = col[:-1].view(rows, 4)
+    assert bool((kept == wanted[:, None]).any(1).all())
+    assert bool((kept[:, 1:] > kept[:, :-1]).all())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.randn(3, 2, 16, 4)
+    with pytest.raises(SparsityError, match=r"root must be \[H, d, r\] of 2 heads of 4; got \[3, 4, 4\]"):
+        pool_values(x, x, 16, 4, root=torch.eye(4).expand(3, 4, 4))
+    counts = torch.full((3, 2, 4), 2)
+    with pytest.raises(SparsityError, match="patches is 30, wanted at most the 16 tokens"):
+        select(x, x, block_q=4, block_k=4, counts=counts, patches=30)
