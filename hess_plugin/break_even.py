@@ -88,6 +88,12 @@ class Conditions:
         under = None if autocast is None else _name(autocast)
         return cls(machine_key(device), _name(dtype), under, backend, block_q, block_k, selection)
 
+    @property
+    def blocks(self) -> str:
+        """Size of the blocks and, unless as published, how they are chosen, in words."""
+        chosen = "" if self.selection == "mass" else f" chosen by {self.selection}"
+        return f"blocks {self.block_q} x {self.block_k}{chosen}"
+
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -151,8 +157,7 @@ class BreakEven:
             found = f"from {_size(smallest)} on, tried {self.timings[0].views} to {self.largest.views} views"
         return (
             f"{found}, of {self.height} x {self.width} px; {c.machine}, {c.dtype}, autocast {c.autocast or 'none'}, "
-            f"backend {c.backend}, sparsity {self.sparsity:g} ({self.allocation}), blocks {c.block_q} x {c.block_k}"
-            f"{_chosen(c)}, {self.date}"
+            f"backend {c.backend}, sparsity {self.sparsity:g} ({self.allocation}), {c.blocks}, {self.date}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -198,10 +203,6 @@ def smallest_paying(timings: Sequence[Timing]) -> Timing | None:
             break
         found = timing
     return found
-
-
-def _chosen(conditions: Conditions) -> str:
-    return "" if conditions.selection == "mass" else f" chosen by {conditions.selection}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -62,7 +62,8 @@ PRESETS = {
     "accurate": Preset("restore", parts_q=4, parts_k=4, by_harm=True),
 }
 """``hess`` is the method as published. The others lose less at the same sparsity and take more time to choose blocks:
-on a CPU ``balanced`` a few percent of the attention that it feeds, ``accurate`` a third (results/selection_cost.md)."""
+on a CPU ``balanced`` a few percent of the attention that it feeds, ``accurate`` a third or more
+(results/selection_cost.md)."""
 
 
 def preset_name(profile: Profile | None) -> str:

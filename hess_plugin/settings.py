@@ -108,7 +108,7 @@ class Settings:
     def selection(self) -> str:
         """How blocks are chosen, in words: the selector, what it pools if not whole blocks, and their order."""
         pools = (self.pool_q or self.block_q, self.pool_k or self.block_k)
-        pooled = "" if pools == (self.block_q, self.block_k) else f" by {pools[0]} x {pools[1]}"
+        pooled = "" if pools == (self.block_q, self.block_k) else f", parts of {pools[0]} x {pools[1]}"
         return f"{self.selector}{pooled}{'' if self.block_order == 'raster' else f', {self.block_order} order'}"
 
     @property

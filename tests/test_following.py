@@ -161,10 +161,10 @@ def test_verdicts_of_another_score_sparsity_traces_or_allocation_are_passed_over
 
 def test_a_verdict_on_blocks_chosen_otherwise_says_so(tiny_model: TinyVGGT, room: Scene, profile: Profile) -> None:
     harmed = verified(profile, "harms")
-    with pytest.warns(UserWarning, match=r"\(verified with blocks of 8 x 8 chosen by mass, not restore by 4 x 8\)"):
+    with pytest.warns(UserWarning, match=r"\(verified with .* 8 x 8 chosen by mass, not restore, parts of 4 x 8\)"):
         report = run(tiny_model, room.images, profile=harmed, selector="restore", pool_q=4)[1]
     assert report.allocation == "uniform" and report.settings["selector"] == "restore"
-    both = verified(harmed, "helps", selection="restore by 4 x 8")
+    both = verified(harmed, "helps", selection="restore, parts of 4 x 8")
     assert quiet(tiny_model, room.images, profile=both, selector="restore", pool_q=4)[1].allocation == "hess"
 
 

@@ -111,7 +111,7 @@ def test_an_evaluation_has_what_a_patch_would_take_and_says_how_blocks_were_chos
     command = ("evaluate", *MEASURE, "--profile", profile, "--sparsity", "0.6", "-o")
     result = hess_patch(*command, tmp_path / "a.csv")
     assert result.exit_code == 0, result.output
-    assert "; blocks of 8 x 8 chosen by restore by 2 x 2; " in result.stdout
+    assert "; blocks of 8 x 8 chosen by restore, parts of 2 x 2; " in result.stdout
     rows = rows_of(tmp_path / "a.csv")
     assert {row["arm"] for row in rows} == {"dense", "uniform", "hess", "harm"}
     assert {tuple(row[name] for name in CHOICE) for row in rows} == {("restore", "2", "2", "raster")}
@@ -161,23 +161,26 @@ def test_a_profile_is_verified_as_a_patch_uses_it(profile: Path, tmp_path: Path)
     command = ("verify", *MEASURE[:-2], "--profile", path, "--sparsity", "0.6")
     result = hess_patch(*command)
     assert result.exit_code == 0 and "| harm " in result.stdout and "| hess " not in result.stdout, result.output
-    assert "budgets by harm; blocks of 8 x 8 chosen by restore by 2 x 2" in " ".join(result.stdout.split())
+    assert "budgets by harm; blocks of 8 x 8 chosen by restore, parts of 2 x 2" in " ".join(result.stdout.split())
     (found,) = verifications(Profile.load(path))
-    assert (found.allocation, found.selection) == ("harm", "restore by 2 x 2")
+    assert (found.allocation, found.selection) == ("harm", "restore, parts of 2 x 2")
     assert found.harm == harm_digest(Profile.load(path)) and set(found.measured) == {"uniform", "harm"}
     assert hess_patch(*command, "--preset", "hess").exit_code == 0
     found = verifications(Profile.load(path))[-1]
     assert (found.allocation, found.selection, found.harm) == ("hess", "mass", None)
     assert len(verifications(Profile.load(path))) == 2
     shown = hess_patch("show", path, "--heads", 1).stdout
-    assert "chosen by restore by 2 x 2; budgets by harm: " in shown and "chosen by mass; budgets by score: " in shown
+    assert (
+        "chosen by restore, parts of 2 x 2; budgets by harm: " in shown
+        and "chosen by mass; budgets by score: " in shown
+    )
 
 
 def test_show_tells_the_preset_and_how_harm_was_measured(profile: Path, tmp_path: Path) -> None:
     shown = hess_patch("show", profile, "--heads", 1, "--png", tmp_path / "a.png").stdout
     parts = "query blocks in 4 parts, key blocks in 4 parts"
     assert f"\npreset: accurate (blocks chosen by restore, {parts}; budgets by harm)\n" in shown
-    assert "\nharm: of what leaving out blocks of 8 x 8 chosen by restore by 2 x 2 does, keeping " in shown
+    assert "\nharm: of what leaving out blocks of 8 x 8 chosen by restore, parts of 2 x 2 does, keeping " in shown
     found = Profile.load(profile)
     dataclasses.replace(found, harm={}, metadata={"preset": "later"}).save(tmp_path / "later.hess")
     shown = hess_patch("show", tmp_path / "later.hess", "--heads", 1).stdout
@@ -199,8 +202,8 @@ def test_a_patch_by_harm_of_blocks_chosen_otherwise_warns(profile: Path) -> None
     assert told(preset="hess") is None and told(allocation="hess", selector="mass") is None
     text = told(selector="mass", block_order="hilbert", verdict="ignore")
     assert text is not None and "\n" not in text and text.startswith(
-        "Budgets go by harm that was measured with blocks of 8 x 8 chosen by restore by 2 x 2, and this patch has "
-        "blocks of 8 x 8 chosen by mass, hilbert order"
+        "Budgets go by harm that was measured with blocks of 8 x 8 chosen by restore, parts of 2 x 2, and this patch "
+        "has blocks of 8 x 8 chosen by mass, hilbert order"
     )  # fmt: skip
     for options in ({"pool_q": 4}, {"preset": "balanced"}, {"block_order": "tiles"}):
         assert told(**options) is not None

@@ -160,7 +160,8 @@ def combined_cells(sparsity: float) -> Iterable[Cell]:
     """What may be the best: restoration by fine maps in Hilbert order, and harm curves of their own."""
     for allocation, (pool_q, pool_k) in itertools.product(("hess", "harm"), ((4, 8), (2, 2))):
         yield Cell(sparsity, "restore", allocation, pool_q, pool_k, "hilbert")
-    yield Cell(sparsity, "restore", "harm", 2, 2, curves="own")
+    for pool_q, pool_k, order in ((4, 8, "hilbert"), (2, 2, "raster")):  # the presets
+        yield Cell(sparsity, "restore", "harm", pool_q, pool_k, order, curves="own")
     yield Cell(sparsity, "restore", "harm", 1, 1)
 
 

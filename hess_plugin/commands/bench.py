@@ -198,11 +198,10 @@ def _protocol(
     from hess_plugin.evaluation.timing import coverage
 
     what = "whole forwards" if whole else f"attention of {site.name} alone ({site.num_heads} heads of {site.head_dim})"
-    chosen = "" if conditions.selection == "mass" else f" chosen by {conditions.selection}"
     return (
         f"{what}, images {size[0]} x {size[1]} px, {conditions.dtype}, autocast {conditions.autocast or 'none'}, "
         f"backend {conditions.backend}, sparsity {how['sparsity']:g} ({_settings(how).allocation}), "
-        f"blocks {how['block_q']} x {how['block_k']}{chosen}, memory {how['memory']}; "
+        f"{conditions.blocks}, memory {how['memory']}; "
         f"ratio: median of {watch.repeats} repeats of patched / dense, "
         f"with its {coverage(watch.repeats):.1%} interval"
     )
