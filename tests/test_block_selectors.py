@@ -223,6 +223,33 @@ def test_only_what_wins_on_both_models_is_listed(modules: SimpleNamespace, tmp_p
     assert math.isnan(modules.comparing.rank_correlation(cells, modules.comparing.AUC, 1))  # all the same
 
 
+def test_rounds_are_those_of_the_cell_and_compared_with_the_most(
+    modules: SimpleNamespace, tiny_model: TinyVGGT, rooms: list[Scene], tmp_path: Path
+) -> None:
+    made: list[int] = []
+    selection, restored_rows = modules.experiment.selection, modules.experiment.selection.restored_rows
+    usual = selection.usual_rounds
+
+    def counted(*arguments: Any, rounds: int) -> None:
+        made.append(rounds)
+        restored_rows(*arguments, rounds=rounds)
+
+    cells = [modules.cells.Cell(0.53, "restore", "uniform", 4, 8, rounds=rounds) for rounds in (1, 5, None)]
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(selection, "restored_rows", counted)
+        experiment_of(modules, tiny_model, rooms, tmp_path, []).run(cells)
+    assert made == [1] * 4 + [5] * 4 + [3] * 4 and selection.usual_rounds is usual  # 2 layers, 2 rooms
+    name = "uniform + restore 4.8"
+    found = modules.records.Journal(tmp_path).lines
+    assert set(found) == {f"{name}, rounds 1 @ 0.53", f"{name}, rounds 5 @ 0.53", f"{name} @ 0.53"}
+    assert len({tuple(line.drift) for lines in found.values() for line in lines.values() if line.drift}) > 1
+    heading, _, *rows = modules.tables._table(found, cells, 0.53)[2:]
+    at = heading.split("|").index(" - 5 rounds ")
+    gap = modules.comparing.difference(found[cells[0].name], found[cells[1].name], modules.comparing.AUC)
+    assert [row.split("|")[at].strip() for row in rows][:2] == [f"{gap.mean:+.2f} ± {gap.error:.2f}", "-"]
+    assert set(modules.tables._of_usual_rounds(found)) == {f"{name} @ 0.53"}
+
+
 def test_another_model_is_refused_and_what_is_there_is_shown(
     modules: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

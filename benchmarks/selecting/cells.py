@@ -15,6 +15,9 @@ from hess_plugin.sparsity import target_total
 
 BLOCK = 8
 MINIMUM = 2
+MOST_ROUNDS = 5
+OTHER_ROUNDS = ", rounds "
+"""In the names of cells whose rounds are not those that the selector makes of itself."""
 SPARSITIES = (0.65, 0.75, 0.85)
 SCORES: dict[str, dict[str, Any]] = {
     "W_Q": {},
@@ -45,6 +48,7 @@ class Cell:
         score: name in `SCORES`, for the allocation ``hess``.
         curves: how harm was measured, for the allocation ``harm``: by ``mass`` selection of whole blocks in raster
             order, or by the cell's ``own`` selection.
+        rounds: of swaps, for the selector ``restore``; None for as many as it makes of itself.
     """
 
     sparsity: float = 0.0
@@ -55,6 +59,7 @@ class Cell:
     order: str = "raster"
     score: str = "W_Q"
     curves: str = "mass"
+    rounds: int | None = None
 
     @property
     def combination(self) -> str:
@@ -65,7 +70,8 @@ class Cell:
         details += ["own curves"] if self.allocation == "harm" and self.curves == "own" else []
         budgets = f"{self.allocation} ({', '.join(details)})" if details else self.allocation
         order = "" if self.order == "raster" else f" {self.order}"
-        return f"{budgets} + {self.selector} {self.pool_q}.{self.pool_k}{order}"
+        rounds = "" if self.rounds is None else f"{OTHER_ROUNDS}{self.rounds}"
+        return f"{budgets} + {self.selector} {self.pool_q}.{self.pool_k}{order}{rounds}"
 
     @property
     def name(self) -> str:
@@ -76,6 +82,11 @@ class Cell:
     def reference(self) -> tuple[Cell, Cell]:
         """What it is compared with: mass selection by uniform and by HeSS budgets at its sparsity."""
         return Cell(self.sparsity), Cell(self.sparsity, allocation="hess")
+
+    @property
+    def most_rounds(self) -> Cell:
+        """The same with as many rounds of swaps as are compared."""
+        return dataclasses.replace(self, rounds=MOST_ROUNDS)
 
     @property
     def profile(self) -> HarmSettings | None:
@@ -165,6 +176,17 @@ def combined_cells(sparsity: float) -> Iterable[Cell]:
     yield Cell(sparsity, "restore", "harm", 1, 1)
 
 
+def rounds_cells(sparsity: float) -> Iterable[Cell]:
+    """Restoration by 1 to 5 rounds of swaps: as published, and as by the presets."""
+    kinds = (
+        Cell(sparsity, "restore", "hess"),
+        Cell(sparsity, "restore", "harm", 4, 8, "hilbert"),
+        Cell(sparsity, "restore", "harm", 2, 2),
+    )
+    for kind, rounds in itertools.product(kinds, range(1, MOST_ROUNDS + 1)):
+        yield dataclasses.replace(kind, rounds=rounds)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the experiment: its heading, its cells at one sparsity, and the sparsities it is made for."""
@@ -179,6 +201,7 @@ PARTS = {
     "maps": Part("Block maps", map_cells, (0.75,)),
     "combined": Part("Combinations", combined_cells, SPARSITIES),
     "sensitivity": Part("Sensitivity variants", sensitivity_cells, (0.85,)),
+    "rounds": Part("Rounds of swaps", rounds_cells, (0.75, 0.85)),
 }
 
 

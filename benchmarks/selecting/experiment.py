@@ -24,6 +24,7 @@ from hess_plugin.evaluation.metrics import (
 )
 from hess_plugin.exceptions import CalibrationError
 from hess_plugin.plugins import resolve_adapter
+from hess_plugin.sparsity import selection
 from hess_plugin_cuda import block_count
 
 from .cells import BLOCK, Cell, total
@@ -129,7 +130,7 @@ class Experiment:
             # Curves of one selector under another are a part of the experiment.
             warnings.filterwarnings("ignore", message="Budgets go by harm", category=UserWarning)
             handle = patch(self.model, **options)
-        with handle:
+        with handle, _rounds(cell.rounds):
             yield handle
 
     def _profile_of(self, cell: Cell) -> Profile | None:
@@ -157,6 +158,17 @@ class Experiment:
         drifts = [sum(line.drift) / len(line.drift) for line in lines if line.drift]
         drift = f", drift {sum(drifts) / len(drifts):.4g}" if drifts else ""
         return f"AUC {100 * auc:.2f}{drift}"
+
+
+@contextlib.contextmanager
+def _rounds(rounds: int | None) -> Iterator[None]:
+    """Let the selector "restore" make so many rounds of swaps, which is no option of a patch."""
+    usual = selection.usual_rounds
+    selection.usual_rounds = lambda pooled: usual(pooled) if rounds is None else rounds
+    try:
+        yield
+    finally:
+        selection.usual_rounds = usual
 
 
 def _name(harm: HarmSettings) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import BLOCK, PARTS, Cell, cells_of
+from .cells import BLOCK, MOST_ROUNDS, OTHER_ROUNDS, PARTS, Cell, cells_of
 from .comparing import (
     AUC,
     DRIFT,
@@ -62,10 +62,21 @@ def _probed(found: Mapping[str, ByScene]) -> int:
     return max((sum(bool(line.drift) for line in lines.values()) for lines in found.values()), default=0)
 
 
+def _of_usual_rounds(found: Mapping[str, ByScene]) -> dict[str, ByScene]:
+    """Without cells that a user cannot choose."""
+    return {name: lines for name, lines in found.items() if OTHER_ROUNDS not in name}
+
+
 def _table(found: Mapping[str, ByScene], cells: Sequence[Cell], sparsity: float) -> list[str]:
     """One sparsity of one part."""
-    references = {"uniform + mass": Cell(sparsity).name, "hess + mass": Cell(sparsity, allocation="hess").name}
-    references["dense"] = "dense"
+    by_uniform, by_hess = (reference.name for reference in Cell(sparsity).reference)
+    references: dict[str, Callable[[Cell], str]] = {
+        "uniform + mass": lambda _: by_uniform,
+        "hess + mass": lambda _: by_hess,
+        "dense": lambda _: "dense",
+    }
+    if any(cell.rounds is not None for cell in cells):
+        references[f"{MOST_ROUNDS} rounds"] = lambda cell: cell.most_rounds.name
     headings = ["cell"]
     for metric in _ACCURACY:
         headings += [metric.heading, *(f"- {name}" for name in references)]
@@ -81,9 +92,9 @@ def _table(found: Mapping[str, ByScene], cells: Sequence[Cell], sparsity: float)
             shown.append(_shown(value(lines, metric), metric))
             shown += [
                 "-"
-                if name == cell.name or name not in found
+                if (name := reference(cell)) == cell.name or name not in found
                 else _signed(difference(lines, found[name], metric), metric)
-                for name in references.values()
+                for reference in references.values()
             ]
         shown += ["-" if cell.sparsity == 0 else _plain(lines, metric) for metric in (DRIFT, RECALL, SECONDS)]
         rows.append(shown)
@@ -92,6 +103,7 @@ def _table(found: Mapping[str, ByScene], cells: Sequence[Cell], sparsity: float)
 
 def _following(found: Mapping[str, ByScene]) -> list[str]:
     """Does accuracy follow drift?"""
+    found = _of_usual_rounds(found)
     whole = _scenes(found)  # a cell on other scenes than the rest has no place among their ranks
     cells = {name: lines for name, lines in found.items() if name != "dense" and len(lines) == whole}
     layers = max((len(line.drift) for lines in cells.values() for line in lines.values()), default=0)
@@ -117,7 +129,7 @@ def _following(found: Mapping[str, ByScene]) -> list[str]:
 
 def both(*folders: Path) -> str:
     """What wins on both models by more than three standard errors, and what it loses."""
-    found = [Journal(folder).lines for folder in folders]
+    found = [_of_usual_rounds(Journal(folder).lines) for folder in folders]
     abouts = [json.loads((folder / ABOUT).read_text()) for folder in folders]
     shared = [name for name in found[0] if name in found[1] and name != "dense"]
     lines = [

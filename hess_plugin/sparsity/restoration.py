@@ -17,7 +17,10 @@ from .sub_blocks import without_autocast
 from .triton_restoration import restore_by_triton, restores_by_triton
 
 ROUNDS = 5
-"""Rounds of swaps, each of half as many blocks as the one before."""
+"""Rounds of swaps, each of half as many blocks as the one before, as published."""
+
+ROUNDS_OF_PARTS = 3
+"""The same where blocks are pooled in parts: more cost as much each and change nothing; benchmarks/RESULTS.md."""
 
 NEVER = 1e30
 """Added to the cost of a swap that cannot be made; no cost of values of size one comes near it."""
@@ -27,6 +30,11 @@ CHUNK_ENTRIES = 2**18
 
 DEVICE_CHUNK_ENTRIES = 2**23
 """The same on a device, where a chunk costs some 150 launches whatever its size; about 60 bytes each."""
+
+
+def usual_rounds(pooled: PooledTokens) -> int:
+    """Rounds of swaps of the selector "restore"."""
+    return ROUNDS if pooled.parts == 1 else ROUNDS_OF_PARTS
 
 
 @torch.no_grad()

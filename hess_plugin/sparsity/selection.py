@@ -13,7 +13,7 @@ from .checks import SparsityError
 from .pooled_values import PooledValues, pool_values
 from .pooling import PooledTokens, pool
 from .ranking import keep_largest, sort_rows
-from .restoration import ROUNDS, restored_rows
+from .restoration import restored_rows, usual_rounds
 from .rows import MapRows, rows_of
 
 Selector = Callable[..., BlockLists]
@@ -136,7 +136,7 @@ def select_restore(
     head_totals: Sequence[int] | None = None,
 ) -> BlockLists:
     """The selector "restore": blocks of which the rest moves the output of the row little, together; see `select`."""
-    return _by_drift(pooled, values, counts, budgets, head_totals, rounds=ROUNDS)
+    return _by_drift(pooled, values, counts, budgets, head_totals, rounds=usual_rounds(pooled))
 
 
 def select_from_map(block_map: Tensor, counts: Tensor) -> Tensor:

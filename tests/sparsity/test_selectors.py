@@ -39,6 +39,21 @@ def realised(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> float:
     return float(((sparse - dense) @ v.double()).square().sum(-1).mean())
 
 
+@pytest.mark.parametrize(("pooling", "rounds"), [({}, 5), ({"pool_q": 4}, 3), ({"pool_k": 2}, 3)])
+def test_restoration_makes_the_published_rounds_and_fewer_with_parts(pooling: dict[str, int], rounds: int) -> None:
+    q, k, v = tokens(special=0)
+    budgets = torch.tensor([[60, 150, 500], [100, 333, 600]])
+    found = select(q, k, v, budgets=budgets, selector="restore", **BLOCKS, **pooling)
+    pooled = pool(q, k, **BLOCKS, **pooling)
+    values = pool_values(k, v, PATCHES, 8, pool_k=pooling.get("pool_k"))
+    counts = found.counts().flatten(0, 1)
+    cols = {}
+    for tried in range(6):
+        cols[tried] = torch.empty(int(counts.sum()) + 1, dtype=torch.int32)
+        restored_rows(pooled, values, counts, found.row_ptr, cols[tried], rounds=tried)
+    assert [tried for tried, col in cols.items() if torch.equal(col[:-1], found.col)] == [rounds]
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_budgets_and_counts_are_kept_to(name: str, pooling: dict[str, int]) -> None:
