@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,31 @@ def test_calibrating_for_a_preset_measures_what_it_needs(profile: Path) -> None:
     assert found.metadata["preset"] == "accurate" and found.has_harm
     assert found.metadata["harm"]["selector"] == preset.selector
     assert found.metadata["harm"]["pool_q"] == 8 // preset.parts_q
+
+
+def test_the_demo_measures_a_preset_beside_the_published_method(tmp_path: Path) -> None:
+    size = ("--calibration-scenes", "1", "--test-scenes", "2", "--views", "4")
+    plain = hess_patch("demo", *size, "-o", tmp_path / "plain")
+    beside = hess_patch("demo", *size, "--preset", "balanced", "-o", tmp_path / "beside")
+    assert plain.exit_code == beside.exit_code == 0, beside.output
+    assert "balanced" not in plain.stdout
+    said = "balanced: blocks of 8 x 8 chosen by restore, parts of 4 x 8, hilbert order, budgets by harm; the others"
+    assert said in " ".join(beside.stdout.split())
+    found = {name: rows_of(tmp_path / name / "results.csv") for name in ("plain", "beside")}
+    assert Counter(row["arm"] for row in found["beside"]) == Counter(
+        dense=2, uniform=8, hess=8, reverse=8, balanced=8
+    )  # 4 sparsities of 2 rooms
+    timed = {"seconds"}
+
+    def figures(name: str) -> list[dict[str, str]]:
+        return [{k: v for k, v in row.items() if k not in timed} for row in found[name] if row["arm"] != "balanced"]
+
+    assert [{k: v for k, v in row.items() if k != "preset"} for row in figures("beside")] == figures("plain")
+    by_arm = {arm: [row for row in found["beside"] if row["arm"] == arm] for arm in ("hess", "balanced")}
+    assert [row["auc30"] for row in by_arm["hess"]] != [row["auc30"] for row in by_arm["balanced"]]
+    profile = Profile.load(tmp_path / "beside" / "demo.hess")
+    assert profile.has_harm and profile.metadata["preset"] == "balanced"
+    assert not Profile.load(tmp_path / "plain" / "demo.hess").has_harm
 
 
 def test_what_is_measured_may_be_refused(tmp_path: Path) -> None:

@@ -222,7 +222,8 @@ def _plan(
         **({"harm_curves": harm_digest(profile)} if profile.has_harm else {}),
         "scoring": asdict(Scoring().resolved(profile)),
         "rows": [asdict(row) for row in rows],
-        "arms": [asdict(arm) for arm in arms],
+        # Without what earlier versions, whose sweeps go on, did not know.
+        "arms": [{name: value for name, value in asdict(arm).items() if name != "preset" or value} for arm in arms],
         "tolerance": options["tolerance"],
         "calibration_data": " ".join(options["calibration_data"]),
         **data_facts(options),

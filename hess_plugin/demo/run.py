@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from hess_plugin import __version__
+from hess_plugin.block_choice import choice_text
 from hess_plugin.calibration.calibrator import calibrate
+from hess_plugin.calibration.harm import HarmSettings
 from hess_plugin.evaluation.arms import Arm
 from hess_plugin.evaluation.comparison import compare
 from hess_plugin.evaluation.metrics import MetricSettings
@@ -20,7 +22,9 @@ from hess_plugin.evaluation.statistics import Summary, summarise
 from hess_plugin.evaluation.tables import comparison_table
 from hess_plugin.files import write_bytes
 from hess_plugin.machine import describe_machine
+from hess_plugin.presets import DEFAULT, find_preset
 from hess_plugin.profiles import Profile
+from hess_plugin.settings import make_settings
 
 from .model import load_demo_model
 from .scenes import RoomScenes
@@ -40,6 +44,7 @@ class DemoSettings:
         views: images of a scene.
         sparsities: targets to measure at.
         block: patch tokens in a query or key block; the demo's sequences are short, so its blocks are small.
+        preset: measured beside the method as published, and recorded in the profile; that method alone by default.
     """
 
     calibration: int = 32
@@ -47,6 +52,22 @@ class DemoSettings:
     views: int = 16
     sparsities: tuple[float, ...] = SPARSITIES
     block: int = 8
+    preset: str = DEFAULT
+
+    @property
+    def harm(self) -> HarmSettings | None:
+        """How the preset has harm measured; None if it does not go by it."""
+        return HarmSettings.of_preset(self.preset, block_q=self.block, block_k=self.block)
+
+    def arms(self, profile: Profile) -> list[Arm]:
+        """What is compared, at every sparsity: the allocations with blocks chosen as published, and the preset."""
+        arms = [Arm("dense")]
+        for sparsity in self.sparsities:
+            arms += [Arm(name, sparsity, name, preset=DEFAULT) for name in ALLOCATIONS]
+            if self.preset != DEFAULT:
+                allocation = find_preset(self.preset, profile).allocation(profile, sparsity)
+                arms.append(Arm(self.preset, sparsity, allocation, preset=self.preset))
+        return arms
 
 
 @dataclass(frozen=True)
@@ -88,18 +109,19 @@ def _run(folder: Path, settings: DemoSettings, note: Progress) -> DemoResult:
     for path in paths.values():
         path.unlink(missing_ok=True)  # results of an earlier demo must not stand beside the new profile
     model = load_demo_model()
-    protocol = _protocol(settings)
-
     # A calibration that was killed goes on from its partial file; a demo killed later calibrates again.
     profile = calibrate(
         model,
         RoomScenes("calibration", settings.calibration, settings.views),
         output=paths["demo.hess"],
+        harm=settings.harm,
+        preset=None if settings.preset == DEFAULT else settings.preset,
         metadata={"weights": "shipped", "data": "synthetic rooms, calibration seeds", "views": settings.views},
         progress=lambda done, total, scene: note("calibrate", done, total, scene),
     )
     head_sensitivity_map(profile, paths["heads.png"])
-    arms = [Arm("dense")] + [Arm(name, s, name) for s in settings.sparsities for name in ALLOCATIONS]
+    protocol = _protocol(settings) + _preset_text(settings, profile)
+    arms = settings.arms(profile)
     runs, done = settings.test * len(arms), iter(range(settings.test * len(arms) + 1))
     rows = compare(
         model,
@@ -127,6 +149,7 @@ def _provenance(settings: DemoSettings) -> dict[str, Any]:
         "calibration_scenes": settings.calibration,
         "block_q": settings.block,
         "block_k": settings.block,
+        **({} if settings.preset == DEFAULT else {"preset": settings.preset}),
     }
 
 
@@ -139,3 +162,13 @@ def _protocol(settings: DemoSettings) -> str:
         f"seconds of one forward, too short a sequence to gain from skipping (benchmarks/end_to_end.py has longer "
         f"ones). hess-plugin {__version__}; {describe_machine()}."
     )
+
+
+def _preset_text(settings: DemoSettings, profile: Profile) -> str:
+    """What the preset does, if one is measured beside the method as published."""
+    if settings.preset == DEFAULT:
+        return ""
+    made = make_settings(
+        profile=profile, preset=settings.preset, block_q=settings.block, block_k=settings.block, sparsity=0.5
+    )
+    return f" {settings.preset}: {choice_text(made)}, budgets by {made.allocation}; the others choose by mass."

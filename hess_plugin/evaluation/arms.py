@@ -100,6 +100,7 @@ class Arm:
             `hess_plugin.baselines`. None for block sparsity.
         group: name of the row that it is compared in; its own amount by default.
         turned_to: knob of that row it was made with; its own amount's by default.
+        preset: how it chooses blocks; None for the comparison's own.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Arm:
     pruning: str | None = None
     group: str | None = None
     turned_to: float | None = None
+    preset: str | None = None
 
     @property
     def row(self) -> Row:

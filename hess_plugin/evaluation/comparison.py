@@ -104,8 +104,11 @@ class Runner:
 
     def _check_settings(self, arm: Arm) -> None:
         """Refuse what a patch would refuse only after the arms before it were measured."""
-        options = {name: value for name, value in self._options.items() if name in _SETTINGS}
+        options = {name: value for name, value in self._options_of(arm).items() if name in _SETTINGS}
         make_settings(profile=self.profile, **asdict(arm.row), allocation=arm.allocation, **options)
+
+    def _options_of(self, arm: Arm) -> dict[str, Any]:
+        return self._options | ({} if arm.preset is None else {"preset": arm.preset})
 
     def _check_score(self, arm: Arm) -> None:
         if self.profile is None:
@@ -172,7 +175,7 @@ class Runner:
         if arm.pruning is not None:
             assert self._pruner is not None and arm.sparsity is not None
             return self._pruner(self.model, arm.pruning, arm.sparsity)
-        options = dict(self._options)
+        options = self._options_of(arm)
         if arm.guided:  # settings of a profile's scores mean nothing to the others
             options |= {"profile": self.profile, "strict": self._strict, **asdict(arm.scoring or self.scoring)}
         if arm.allocation == "random":

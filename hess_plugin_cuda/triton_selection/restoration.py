@@ -26,10 +26,10 @@ views: H = 16, d = 64, 1070 x 2139 blocks, 3.7e7 pairs, 10 % kept, whole blocks.
 Instructions are those of the machine code for sm_90, times the turns that their loops take. They need 2.6 ms if nothing
 ever waits, bytes 2.6 ms, products (three of TF32 each) .7 ms; together 3 to 5 ms, or 20 to 35 % of the attention. All
 of it grows with T_q T_k, as attention does at a fixed share of kept blocks: the share is the same at 1000 views. Tiles
-take A F times as long with sub-blocks. `drift` alone, without rounds, takes some .6 ms, or 4 %. Each round looks at
-every block twice, which costs 4 to 6 %: five of them cannot stay below 5 %, one or two come close. Not in the
-table: with sub-blocks the remainder of a budget is spread over rows by torch, which sorts maps in float64 and may take
-longer than all of this.
+take A F times as long with sub-blocks, where there are three rounds. `drift` alone, without rounds, takes some .6 ms,
+or 4 %. Each round looks at every block twice, which costs 4 to 6 %: five of them cannot stay below 5 %, one or two come
+close. Not in the table: with sub-blocks the remainder of a budget is spread over rows by torch, which sorts maps in
+float64 and may take longer than all of this.
 """
 
 from __future__ import annotations
