@@ -62,7 +62,7 @@ PRESETS = {
     "accurate": Preset("restore", parts_q=4, parts_k=4, by_harm=True),
 }
 """``hess`` is the method as published. The others lose less at the same sparsity and take more time to choose blocks:
-on a CPU ``balanced`` a few percent of the attention that it feeds, ``accurate`` a third or more
+on a CPU ``balanced`` a few percent of the attention that it feeds, ``accurate`` a fifth to a quarter
 (results/selection_cost.md)."""
 
 
