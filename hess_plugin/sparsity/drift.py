@@ -22,9 +22,12 @@ from .sub_blocks import by_part, exact_dtype, key_parts, part_scores, probabilit
 LEAST = 1e-4
 """What the share that is kept counts as at least, where drift is divided by it."""
 
-NEARLY_ALL, SURE = 2.0**-8, 1e20
-"""In float32 the drift of a row that loses nearly all that it keeps is a difference of equal numbers: noise that may
-be zero, and would throw out the one block that matters. Such a loss counts as SURE instead, above every drift."""
+NEARLY_ALL = {torch.float32: 2.0**-8, torch.float64: 2.0**-22}
+"""Share of what a row keeps. The drift of a row left with less is a difference of numbers that agree in all digits of
+their dtype: noise that may be zero, and would throw out the one block that matters."""
+
+SURE = 1e20
+"""What the loss of nearly all that a row keeps counts as, above every drift."""
 
 
 class HeadValues(NamedTuple):
@@ -93,7 +96,7 @@ class ChunkDrift:
         self._special_share = p[..., patches:].sum(-1, keepdim=True)
         self._blocks = functools.reduce(torch.add, self._parts)
         self._squares = self._squared(head.gram)
-        self._nearly = NEARLY_ALL if self._p.dtype == torch.float32 else 0.0
+        self._nearly = NEARLY_ALL[self._p.dtype]
 
     def _squared(self, gram: Tensor) -> Tensor:
         """|d_j|^2 times the weight of the sub-row, `[h, A * r, T_k]`."""

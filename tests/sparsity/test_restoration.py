@@ -81,7 +81,8 @@ def test_every_number_that_is_compared_is_a_recomputed_drift(problem: Problem, s
             close(drift.objective(state)[head, row], numbers.drift(kept) / unit)
             blocks = set(range(pooled.columns))
             for j in blocks:
-                close(drift.alone()[head, row, j], numbers.drift(blocks - {j}) / unit)
+                if blocks != {j}:  # without a second one nothing is left to tell a drift of
+                    close(drift.alone()[head, row, j], numbers.drift(blocks - {j}) / unit)
                 if kept != {j}:  # a swap never leaves a row without blocks
                     close(found[-1 if j in kept else 1][head, row, j], numbers.drift(kept ^ {j}) / unit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,9 +191,10 @@ def test_a_device_is_not_waited_for_and_holds_no_map(name: str, pooling: dict[st
 
 @pytest.mark.parametrize("rounds", [0, 5])
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("gap", [8.0, 12.0, 16.0, 20.0])
-def test_a_block_with_nearly_all_the_attention_is_kept(gap: float, parts: int, rounds: int) -> None:
-    # In float32 its drift is a difference of numbers that agree in all their digits.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # what a CPU and a GPU work in
+@pytest.mark.parametrize("gap", [8.0, 12.0, 16.0, 20.0, 36.0, 40.0, 60.0])
+def test_a_block_with_nearly_all_the_attention_is_kept(gap: float, dtype: torch.dtype, parts: int, rounds: int) -> None:
+    # Its drift is a difference of numbers that agree in all their digits.
     generator = torch.Generator().manual_seed(0)
     rows, columns, block, width = 12, 40, 4, 16
     directions = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
@@ -204,6 +206,8 @@ def test_a_block_with_nearly_all_the_attention_is_kept(gap: float, parts: int, r
     v = torch.randn(1, 1, columns * block, width, generator=generator)
     pooled = pool(q, k, block, block, scale=1.0, pool_q=block // parts, pool_k=block // parts, special=k[:, :, :0])
     values = pool_values(k, v, columns * block, block, pool_k=block // parts)
+    pooled = replace(pooled, q=pooled.q.to(dtype), k=pooled.k.to(dtype))
+    values = replace(values, v=values.v.to(dtype), special_k=values.special_k.to(dtype))
     counts = torch.full((1, rows), 4)
     row_ptr = torch.arange(rows + 1) * 4
     col = torch.zeros(rows * 4 + 1, dtype=torch.int32)
