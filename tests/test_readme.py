@@ -29,6 +29,7 @@ REPLACED = {
     r"co3d:/data/co3d": "rooms:calibration,count=4",
     r"co3d:/data/held-out|folder:held-out": "rooms:test,count=2",
     r"--scenes 40 --views 20": "--scenes 4 --views 4",
+    r"demo --preset accurate": "demo --preset accurate --calibration-scenes 2 --test-scenes 2 --views 4",
     r"--end-to-end": "--end-to-end --max-views 4 --repeats 3",
     r"--paper": "--rule 0.5,0.97 --views 4",
     r"--nproc-per-node \d": "--nproc-per-node 2 --master-port 29543",
