@@ -144,6 +144,7 @@ def describe(args: argparse.Namespace) -> str:
         f"{machine}, Python {platform.python_version()}, torch {torch.__version__}, {args.threads} thread(s).\n"
         f"Heads of {WIDTH}, blocks {BLOCK_Q} x {BLOCK_K}, {PATCHES} patch and {SPECIAL} special tokens a view,\n"
         f"float32, {100 * args.kept:g} % of the blocks kept; {args.repeats} interleaved repeats.\n"
+        "Shares: the median over repeats of selection / attention; in brackets the least of the one / of the other.\n"
         f"Command: python {' '.join(sys.argv)}"
     )
 

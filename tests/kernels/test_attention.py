@@ -12,6 +12,8 @@ from torch import Tensor
 import hess_plugin_cuda.gather
 from hess_plugin_cuda import BlockLists, block_count, block_sparse_attention, reference_attention, token_mask
 
+from .interpreted.kernel_problems import assert_as_exact_as_torch, dense_masked
+
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,18 +34,6 @@ def make_lists(
     mask.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1), generator=generator), True)
     mask[:, :full_heads] = True
     return BlockLists.from_mask(mask, patches, patches, block_q, block_k).check()
-
-
-def dense_masked(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> Tensor:
-    """Plain torch on the same masked problem, in the dtype of v."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=token_mask(lists, q.shape[2], k.shape[2]))
-
-
-def assert_as_exact_as_torch(given: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice that of plain torch in the same dtype, plus one rounded addition."""
-    error = (given.double() - exact).abs().max()
-    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(given.dtype).eps * exact.abs().max()
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.mark.parametrize("dtype", LOW)
