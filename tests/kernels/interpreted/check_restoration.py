@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hess_plugin.sparsity import PooledTokens, PooledValues, pool, pool_values, select, triton_restoration
+from hess_plugin.sparsity import PooledTokens, PooledValues, drift, pool, pool_values, select, triton_restoration
 from hess_plugin.sparsity.drift import ChunkDrift, head_values
 from hess_plugin.sparsity.restoration import restored_rows
 from hess_plugin.sparsity.triton_restoration import restore_by_triton
-from hess_plugin_cuda.triton_selection import restoration
+from hess_plugin_cuda.triton_selection import drifts, restoration
 
 # Infinite and huge scores: the interpreter computes with numpy, which warns of what a GPU is asked to do.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
@@ -44,6 +44,11 @@ def problem(
     counts = torch.randint(1, pooled.columns + 1, (2 * batch, pooled.rows), generator=generator)
     counts[0, 0], counts[-1, -1] = 1, pooled.columns
     return pooled, pool_values(k, v, keys, blocks[1], pool_k=pools[1]), counts
+
+
+def test_what_is_sure_is_so_in_torch_and_in_triton() -> None:
+    assert drifts.LEAST.value == drift.LEAST
+    assert (drifts.NEARLY_ALL.value, drifts.SURE.value) == (drift.NEARLY_ALL[torch.float32], drift.SURE)
 
 
 CPU = torch.device("cpu")
